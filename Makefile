@@ -1,0 +1,56 @@
+# make demo      train the demo model on this machine's CPU and show where its results are
+# make test      the quick tests              make test-all   the slow ones
+# make bench     speed of one training step   make clean      remove .venv
+#
+# The first of these also creates the virtual environment .venv from requirements.lock; nothing outside this folder is
+# changed.  Another Python: make demo PYTHON=python3.12     Another environment: make test VENV=/path/to/venv
+# Settings of the demo: make demo DEMO_DIR=runs/longer FLAGS=--gin.TRAIN_STEPS=2000
+
+VENV ?= .venv
+# The first of these that runs, is a supported version and can make virtual environments.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+NAMES := python3.13 python3.12 python3.11 python3
+PYTHON ?= $(shell for python in $(NAMES); do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.openmoe_jax_installed
+DEMO_DIR := runs/demo
+# Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
+PYTEST_FLAGS := -n 2 --dist loadfile
+
+.PHONY: demo test test-all bench install clean
+
+demo: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
+	@echo
+	@echo "Results are in $(DEMO_DIR):"
+	@ls -1 $(DEMO_DIR)/*.png | sed 's/^/  /'
+	@echo "  TensorBoard: $(VENV)/bin/tensorboard --logdir=$(DEMO_DIR)"
+
+test: $(INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow"
+
+test-all: $(INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m slow
+
+bench: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
+
+install: $(INSTALLED)
+
+# --no-deps: t5 declares seqio-nightly and tfds-nightly, which overwrite the folders of seqio and tensorflow-datasets.
+# --no-compile: half of the files are never imported; Python compiles the others when they are.
+$(INSTALLED): requirements.lock setup.py pyproject.toml
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { echo \
+	  "openmoe_jax needs Python 3.11, 3.12 or 3.13 with venv; $(if $(PYTHON),$(PYTHON) is not one,none of $(NAMES) is one). Name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -c '$(SUPPORTED)' 2>/dev/null || { echo \
+	  "$(VENV) holds no working Python 3.11, 3.12 or 3.13; 'make clean' removes it." >&2; exit 1; }
+	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV) ($$($(VENV)/bin/python --version), 4 GB, one to three minutes, this once)"
+	@$(PIP) install --quiet --no-deps --no-compile -r requirements.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
