@@ -1,0 +1,29 @@
+"""Dispatch back ends: tokens to experts and back, one file each behind one signature."""
+
+from typing import Callable
+
+import jax
+
+from openmoe_jax.config import DISPATCH_BACKENDS
+from openmoe_jax.dispatch import einsum, sort
+from openmoe_jax.routers.types import TokenAssignment
+
+_BACKENDS = {'sort': sort.apply_experts, 'einsum': einsum.apply_experts}
+assert set(_BACKENDS) == set(DISPATCH_BACKENDS)
+
+
+def apply_experts(backend: str, x: jax.Array, assignment: TokenAssignment,
+                  experts: Callable[[jax.Array], jax.Array], num_experts: int, capacity: int) -> jax.Array:
+  """Sends tokens to their experts, runs these, and adds up the gated results.
+
+  Args:
+    backend: 'sort' or 'einsum'; they agree to rounding, gradients included.
+    x: [G, T, D] tokens in the activation dtype.
+    assignment: where each token goes.
+    experts: [E, G, C, D] -> [E, G, C, D]; an empty slot is a zero vector.
+    num_experts, capacity: E and C.
+
+  Returns:
+    float32 [G, T, D]; zero for a token none of whose choices was kept.
+  """
+  return _BACKENDS[backend](x, assignment, experts, num_experts, capacity)

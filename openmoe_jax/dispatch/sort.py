@@ -1,0 +1,70 @@
+"""Dispatch by gather: no arithmetic is spent on moving tokens.
+
+Both directions know their inverse (a slot knows its token, a token knows its slots), so the backward passes are gathers
+as well: no scatter-add, hence the same bits on every run.
+"""
+
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from openmoe_jax.routers.types import TokenAssignment, flat_slots, slots_from_tokens
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[g, index[g, ...]] with zero rows for an index past the end: [G, N, D], [G, ...] -> [G, ..., D]."""
+  take = lambda rows, at: rows.at[at].get(mode='fill', fill_value=0)
+  return jax.vmap(take)(x, index)
+
+
+@jax.custom_vjp
+def _to_slots(x, token, slots):
+  """x [G, T, D], token [G, E, C], slots [G, T, S] -> [G, E, C, D]."""
+  del slots
+  return _rows(x, token)
+
+
+def _to_slots_fwd(x, token, slots):
+  return _rows(x, token), (slots, x.shape)
+
+
+def _to_slots_bwd(residuals, dy):
+  slots, shape = residuals
+  dx = jnp.sum(_rows(dy.reshape(shape[0], -1, shape[2]), slots), axis=2)
+  return dx, None, None
+
+
+_to_slots.defvjp(_to_slots_fwd, _to_slots_bwd)
+
+
+@functools.partial(jax.custom_vjp)
+def _from_slots(y, gate, token, slot_gate, slots):
+  """y [G, E, C, D], gate [G, T, S], token and slot_gate [G, E, C], slots [G, T, S] -> float32 [G, T, D]."""
+  del token, slot_gate
+  picked = _rows(y.reshape(y.shape[0], -1, y.shape[-1]), slots).astype(jnp.float32)
+  return jnp.sum(gate[..., None] * picked, axis=2)
+
+
+def _from_slots_fwd(y, gate, token, slot_gate, slots):
+  return _from_slots(y, gate, token, slot_gate, slots), (y, token, slot_gate, slots)
+
+
+def _from_slots_bwd(residuals, dout):
+  y, token, slot_gate, slots = residuals
+  dy = (slot_gate[..., None] * _rows(dout, token)).astype(y.dtype)
+  picked = _rows(y.reshape(y.shape[0], -1, y.shape[-1]), slots).astype(jnp.float32)
+  return dy, jnp.sum(picked * dout[:, :, None, :], axis=-1), None, None, None
+
+
+_from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
+
+
+def apply_experts(x: jax.Array, assignment: TokenAssignment, experts: Callable[[jax.Array], jax.Array],
+                  num_experts: int, capacity: int) -> jax.Array:
+  """See `openmoe_jax.dispatch.apply_experts`."""
+  slots = flat_slots(assignment, num_experts, capacity)
+  by_slot = slots_from_tokens(assignment._replace(gate=jax.lax.stop_gradient(assignment.gate)), num_experts, capacity)
+  y = experts(_to_slots(x, by_slot.token, slots).swapaxes(0, 1)).swapaxes(0, 1)
+  return _from_slots(y, assignment.gate, by_slot.token, by_slot.gate, slots)

@@ -1,0 +1,137 @@
+"""OpenMoE: decoder layers, blocks scanned or unrolled, the decoder and the whole model (SPEC 1)."""
+
+from typing import Any, Mapping, Optional, Tuple
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from openmoe_jax.attention import BlockContext, SelfAttention, make_context
+from openmoe_jax.config import ModelConfig
+from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
+from openmoe_jax.moe import MoE, RoutingRecord
+from openmoe_jax.partitioning import STACKED, constrain
+
+# Sub-layer outputs that the remat policy 'minimal' keeps.
+REMAT_NAMES = ('attention_out', 'mlp_out', 'extra_mlp_out')
+
+
+def _remat(layer: Any, policy: str) -> Any:
+  if policy == 'none':
+    return layer
+  policies = {
+      'full': jax.checkpoint_policies.nothing_saveable,
+      'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      'minimal': jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES),
+  }
+  # prevent_cse is only needed outside of scan, but blocks can be unrolled too.
+  return nn.remat(layer, policy=policies[policy], static_argnums=(3,), prevent_cse=True)
+
+
+class DecoderLayer(nn.Module):
+  """Pre-norm decoder layer: attention, then an FFN, or experts and an extra FFN: x [B, L, D] -> (x, record)."""
+  config: ModelConfig
+  sparse: bool
+  record_routing: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, Optional[RoutingRecord]]:
+    config = self.config
+    mask = context.logit_mask[:, :, None]
+
+    def normed(name):
+      y = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon, name=name)(x)
+      return constrain(jnp.where(mask, y, 0), 'batch', 'length', 'embed')
+
+    def add(x, y, name):
+      y = Dropout(config.dropout_rate)(checkpoint_name(y, name), train)
+      return constrain(x + y.astype(x.dtype), 'batch', 'length', 'embed')
+
+    attended = SelfAttention(config, name='self_attention')(normed('pre_self_attention_layer_norm'), context, train)
+    x = add(x, attended, 'attention_out')
+    y = normed('pre_mlp_layer_norm')
+    if not self.sparse:
+      return add(x, GatedMLP(config, name='mlp')(y, train), 'mlp_out'), None
+
+    routed, record = MoE(config, self.record_routing, name='mlp')(y, train)
+    if config.parallel_moe:  # the paper's equation 4
+      return add(add(x, routed, 'mlp_out'), GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out'), record
+    x = add(x, routed, 'mlp_out')
+    if config.extra_mlp:
+      x = add(x, GatedMLP(config, name='extra_mlp')(normed('pre_extra_mlp_layer_norm'), train), 'extra_mlp_out')
+    return x, record
+
+
+class Block(nn.Module):
+  """`moe_interval` layers, the last of which is sparse: the unit that is scanned."""
+  config: ModelConfig
+  record_routing: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, Optional[RoutingRecord]]:
+    record = None
+    for i in range(self.config.moe_interval):
+      x, record = _remat(DecoderLayer, self.config.remat)(
+          self.config, self.config.is_sparse(i), self.record_routing, name=f'layers_{i}')(x, context, train)
+    return x, record
+
+
+class Decoder(nn.Module):
+  """Layers, final norm and the output matrix (whose product is left to the caller)."""
+  config: ModelConfig
+  record_routing: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool):
+    """[B, L, D] -> hidden [B, L, D] in the activation dtype, output kernel [D, V], RoutingRecord or None."""
+    config = self.config
+    x = Dropout(config.dropout_rate)(x, train).astype(config.residual_dtype)
+    if config.scan_blocks:
+      blocks = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+                       in_axes=(nn.broadcast, nn.broadcast), length=config.num_blocks)
+      x, records = blocks(config, self.record_routing, name=STACKED)(x, context, train)
+    else:
+      records = []
+      for i in range(config.num_layers):
+        x, record = _remat(DecoderLayer, config.remat)(
+            config, config.is_sparse(i), self.record_routing, name=f'layers_{i}')(x, context, train)
+        records += [record] if record is not None else []
+      records = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records) if records else None
+    x = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon, name='decoder_norm')(x)
+    x = Dropout(config.dropout_rate)(jnp.where(context.logit_mask[:, :, None], x, 0), train)
+    shape = (config.emb_dim, config.vocab_size)
+    kernel = Kernel(shape, truncated_normal_init(config.init_scale), name='logits_dense')()
+    return constrain(x, 'batch', 'length', 'embed'), kernel, records
+
+
+class OpenMoE(nn.Module):
+  """A decoder-only language model with interleaved Mixture-of-Experts layers (Xue et al., arXiv 2402.01739).
+
+  `OpenMoE(config).apply({'params': params}, batch, train=False)` gives float32 logits [B, L, V]; `batch` is the feature
+  dictionary of SPEC 10 (int32 [B, L] arrays): decoder_input_tokens, decoder_target_tokens (0 marks padding, which
+  attends to nothing in particular and is not attended to), and, where the batch is packed or bidirectional,
+  decoder_segment_ids and decoder_causal_attention. `train` chooses the capacity factor and turns dropout on
+  (`rngs={'dropout': key}`).
+  """
+  config: ModelConfig
+  record_routing: bool = False
+
+  def setup(self):
+    self.token_embedder = TokenEmbedder(self.config)
+    self.decoder = Decoder(self.config, self.record_routing)
+
+  def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> jax.Array:
+    hidden, kernel, _ = self.features(batch, train)
+    logits = hidden.astype(jnp.float32) @ kernel
+    return constrain(logits, 'batch', 'length', 'vocab')
+
+  def features(self, batch: Mapping[str, jax.Array], train: bool = False):
+    """What the loss needs without the logits: hidden [B, L, D], output kernel [D, V], RoutingRecord or None.
+
+    The record's arrays have a leading axis of sparse layers. Masked positions of `hidden` are zero, so that their
+    logits are exactly 0.
+    """
+    context = make_context(self.config, batch)
+    x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
+    return self.decoder(x, context, train)

@@ -1,0 +1,94 @@
+"""The Mixture-of-Experts layer: group, route, dispatch, run the experts, combine (SPEC 2)."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from openmoe_jax import routers
+from openmoe_jax.config import ModelConfig
+from openmoe_jax.dispatch import apply_experts
+from openmoe_jax.layers import Dropout, Kernel, gate, hidden_widths, normal_init
+from openmoe_jax.partitioning import constrain
+from openmoe_jax.routers.groups import group_tokens
+from openmoe_jax.routers.types import TokenAssignment
+
+
+class RoutingRecord(NamedTuple):
+  """What one sparse layer reports; with scanned blocks every array has a leading axis of sparse layers.
+
+  The first six are `RouterOutput`'s. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for.
+  """
+  auxiliary_loss: jax.Array
+  router_z_loss: jax.Array
+  fraction_tokens_left_behind: jax.Array
+  expert_usage: jax.Array
+  router_confidence: jax.Array
+  expert_load: jax.Array
+  assignment: Optional[TokenAssignment] = None
+  router_logits: Optional[jax.Array] = None
+
+
+class RouterWeights(nn.Module):
+  """Holds the router's kernel [D, E] under its T5X name."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    shape = (self.config.emb_dim, self.config.num_experts)
+    return Kernel(shape, nn.initializers.normal(0.02), name='w')()
+
+
+class Router(nn.Module):
+  """Router logits in float32: [G, T, D] -> [G, T, E]."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) @ RouterWeights(self.config, name='router_weights')()
+
+
+class Experts(nn.Module):
+  """E feed-forward networks side by side: [E, G, C, D] -> [E, G, C, D]."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    config = self.config
+    experts, emb_dim, mlp_dim = config.num_experts, config.emb_dim, config.mlp_dim
+    _, groups, capacity, _ = x.shape
+    x = constrain(x, 'expert', 'expert_group', 'capacity', 'embed').reshape(experts, groups * capacity, emb_dim)
+    init = normal_init(config.init_scale, emb_dim)
+    hidden = [jnp.einsum('end,edf->enf', x, Kernel((experts, emb_dim, width), init, name=f'wi_{i}')().astype(x.dtype))
+              for i, width in enumerate(hidden_widths(config))]
+    h = Dropout(config.dropout_rate)(gate(hidden, config.mlp_activations), train)
+    wo = Kernel((experts, mlp_dim, emb_dim), normal_init(config.init_scale, mlp_dim), name='wo')().astype(x.dtype)
+    y = jnp.einsum('enf,efd->end', h, wo).reshape(experts, groups, capacity, emb_dim)
+    return constrain(y, 'expert', 'expert_group', 'capacity', 'embed')
+
+
+class MoE(nn.Module):
+  """Sparse feed-forward layer.
+
+  x [B, L, D] in the activation dtype -> (float32 [B, L, D], RoutingRecord). A masked position is a zero vector: it is
+  routed (unless `ignore_padding_tokens`) and comes back as zero.
+  """
+  config: ModelConfig
+  record_routing: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> Tuple[jax.Array, RoutingRecord]:
+    config = self.config
+    batch, length, emb_dim = x.shape
+    grouping = group_tokens(config, batch, length, train)
+    x = jnp.pad(x, ((0, grouping.batch - batch), (0, grouping.length - length), (0, 0)))
+    x = constrain(x.reshape(grouping.num_groups, grouping.group_size, emb_dim), 'group', None, 'embed')
+    logits = Router(config, name='router')(x)
+    routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity)
+    experts = Experts(config, name='expert')
+    y = apply_experts(config.dispatch, x, routed.assignment, lambda slots: experts(slots, train),
+                      config.num_experts, grouping.capacity)
+    y = constrain(y, 'group', None, 'embed').reshape(grouping.batch, grouping.length, emb_dim)
+    record = RoutingRecord(*routed[1:], *((routed.assignment, logits) if self.record_routing else ()))
+    return constrain(y[:batch, :length], 'batch', 'length', 'embed'), record

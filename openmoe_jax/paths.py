@@ -1,0 +1,84 @@
+"""Files and folders by path, on local disks and on gs:// alike; every path of the library goes through here."""
+
+import errno
+import os
+import shutil
+from typing import List, Optional, Union
+
+from etils import epath
+
+PathLike = Union[str, os.PathLike]
+_FULL = ('no space left on device', 'disk quota exceeded', 'file too large', 'enospc', 'edquot', 'efbig')
+
+
+def path(name: PathLike) -> epath.Path:
+  """`name` as a path object; `~` and relative local names are resolved, gs:// names are left alone."""
+  text = os.fspath(name)
+  if '://' in text:
+    return epath.Path(text)
+  return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def is_local(name: PathLike) -> bool:
+  return '://' not in os.fspath(name)
+
+
+def entries(directory: PathLike) -> List[str]:
+  """Sorted names of what lies in a folder; empty where there is no folder."""
+  directory = path(directory)
+  if not directory.exists():
+    return []
+  return sorted(p.name for p in directory.iterdir())
+
+
+def write_text(file: PathLike, text: str) -> None:
+  """Writes a whole file so that a reader sees the old text or the new, whenever this process dies."""
+  file = path(file)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(file):  # an object store replaces an object at once
+    file.write_text(text)
+    return
+  temporary = file.parent / f'.{file.name}.{os.getpid()}.tmp'
+  try:
+    temporary.write_text(text)
+    temporary.replace(file)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def append_text(file: PathLike, text: str) -> None:
+  """Appends to a file, which is made where it is missing."""
+  with path(file).open('a') as stream:
+    stream.write(text)
+
+
+def free_bytes(directory: PathLike) -> Optional[int]:
+  """Bytes that can still be written where `directory` is, or will be; None where nobody knows (gs://)."""
+  if not is_local(directory):
+    return None
+  folder = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+  while not os.path.isdir(folder):
+    folder = os.path.dirname(folder)
+  return shutil.disk_usage(folder).free
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Whether an exception, or one that caused it, says that there is no room for a file."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      return True
+    if any(sign in str(error).lower() for sign in _FULL):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def human_bytes(count: float) -> str:
+  """1536 -> '1.5 KB'."""
+  for unit in ('bytes', 'KB', 'MB', 'GB', 'TB'):
+    if count < 1024 or unit == 'TB':
+      return f'{count:.0f} {unit}' if unit == 'bytes' else f'{count:.1f} {unit}'
+    count /= 1024
+  raise AssertionError
