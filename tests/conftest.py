@@ -1,0 +1,16 @@
+"""What every test runs under: 8 fake CPU devices, a quiet TensorFlow, examples that are the same on every run."""
+
+import os
+
+import hypothesis
+
+# Both are read once, when jax first asks for its devices. JAX_PLATFORMS from outside wins, so that a test can be tried
+# on an accelerator: JAX_PLATFORMS=cuda python -m pytest tests/model_test.py
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+# No deadline: the first example of a property compiles. A failing example is printed and stays the same.
+hypothesis.settings.register_profile('openmoe_jax', deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile('openmoe_jax')
