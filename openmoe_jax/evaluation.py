@@ -1,0 +1,79 @@
+"""Validation: loss, accuracy and perplexity per source, and the unigram entropy of the same targets to compare with.
+
+A model that only knew how frequent each token is would reach a loss equal to the unigram entropy; what it is below that
+is what it has learned from context.
+"""
+
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple
+
+import jax
+import numpy as np
+
+from openmoe_jax import data as data_lib
+from openmoe_jax import metrics as metrics_lib
+from openmoe_jax.config import RunConfig, require
+
+Record = Dict[str, Any]
+# Of the training metrics, those that say something about a trained model's routing.
+_ROUTING = ('fraction_tokens_left_behind', 'expert_usage', 'router_confidence', 'expert_load')
+
+
+class _Source(NamedTuple):
+  batches: List[Mapping[str, np.ndarray]]  # all rows, on every process
+  unigram_entropy: float
+
+
+def target_counts(batch: Mapping[str, np.ndarray], vocab_size: int) -> np.ndarray:
+  """How often each id is a target that counts: int64 [V]."""
+  targets = np.asarray(batch['decoder_target_tokens'])
+  weights = np.asarray(batch.get('decoder_loss_weights', targets > 0))
+  return np.bincount(targets[weights > 0].reshape(-1), minlength=vocab_size).astype(np.int64)
+
+
+def entropy(counts: np.ndarray) -> float:
+  """Entropy, in nats, of the distribution with these counts."""
+  p = counts[counts > 0] / max(counts.sum(), 1)
+  return float(-(p * np.log(p)).sum())
+
+
+class Evaluator:
+  """Evaluates parameters on the validation split of every source; batches are read once and kept.
+
+  Args:
+    run: `run.data` names the sources and how many batches.
+    mesh: devices.
+    eval_step: of `train_step.make_eval_step`.
+  """
+
+  def __init__(self, run: RunConfig, mesh: jax.sharding.Mesh, eval_step: Callable[[Any, Any], Any]):
+    self._run = run
+    self._mesh = mesh
+    self._eval_step = eval_step
+    self.sources = list(data_lib.eval_sources(run.data))
+    self._kept: Dict[str, _Source] = {}
+
+  def _read(self, source: str) -> _Source:
+    if source not in self._kept:
+      batches = list(data_lib.eval_batches(self._run.data, source))
+      require(batches, f'the {self._run.data.eval_split} split of {source} is empty')
+      counts = sum(target_counts(batch, self._run.model.vocab_size) for batch in batches)
+      self._kept[source] = _Source(batches, entropy(counts))
+    return self._kept[source]
+
+  def __call__(self, params: Any) -> Dict[str, Record]:
+    """{source: {loss, accuracy, perplexity, unigram_entropy, num_target_tokens, ...}}; loss is cross-entropy in nats
+    per target that is not padding, without auxiliary losses."""
+    return {source: self._evaluate(params, self._read(source)) for source in self.sources}
+
+  def _evaluate(self, params: Any, source: _Source) -> Record:
+    total: Dict[str, np.ndarray] = {}
+    for batch in source.batches:
+      sums = jax.device_get(self._eval_step(params, data_lib.to_global(batch, self._mesh, microbatched=False)))
+      for name, value in sums.items():
+        total[name] = total.get(name, 0.) + np.asarray(value, np.float64)
+    means = metrics_lib.to_means(total)
+    loss = float(means['cross_ent_loss'])
+    record = {'loss': loss, 'accuracy': float(means['accuracy']), 'perplexity': float(np.exp(min(loss, 700.))),
+              'unigram_entropy': source.unigram_entropy, 'num_target_tokens': int(total[metrics_lib.WEIGHT])}
+    record.update({name: np.asarray(means[name]).tolist() for name in _ROUTING if name in means})
+    return record

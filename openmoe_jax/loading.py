@@ -1,0 +1,67 @@
+"""Reads a trained model: `load('path or gs:// of a checkpoint')`."""
+
+import functools
+from typing import Any, Dict, Optional
+
+import jax
+import numpy as np
+
+from openmoe_jax import checkpoints
+from openmoe_jax import partitioning
+from openmoe_jax import paths
+from openmoe_jax.config import ConfigError, ModelConfig
+from openmoe_jax.train_state import init_params
+
+
+class Model:
+  """A trained model.
+
+  Attributes:
+    config: its ModelConfig.
+    params: parameters, in the layout of `config.scan_blocks`.
+    step: training steps done.
+    run: the whole configuration of the run, as the dictionary of config.json.
+    vocabulary: the seqio vocabulary it was trained with, read on first use.
+  """
+
+  def __init__(self, config: ModelConfig, params: Any, step: int, run: Dict[str, Any]):
+    self.config = config
+    self.params = params
+    self.step = step
+    self.run = run
+
+  @functools.cached_property
+  def vocabulary(self) -> Any:
+    from openmoe_jax import vocabulary  # TensorFlow: only for those who need text
+    vocabulary.configure(self.run['data']['vocabulary'], self.run['data']['extra_ids'])
+    return vocabulary.get()
+
+
+def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **changes) -> Model:
+  """Reads the parameters of a checkpoint; what it is follows from the config.json beside it, gin is not involved.
+
+  Args:
+    path: local or gs://; a model_dir, its `checkpoints` folder (both: newest step), or one step's folder.
+    mesh: devices to put the parameters on; the first device of this machine if not given.
+    **changes: fields of ModelConfig that differ from training, such as dtype='bfloat16' or scan_blocks=True.
+
+  Raises:
+    ConfigError: there is no checkpoint, or it does not fit the changes.
+    CheckpointError: it is damaged.
+  """
+  directory = checkpoints.resolve(path)
+  if mesh is None:
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+  try:
+    run = checkpoints.read_config(directory)
+    progress = checkpoints.read_progress(directory)
+    config = checkpoints.read_model_config(directory).replace(**changes)
+    shapes = jax.eval_shape(lambda: init_params(config, 0))
+    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                            partitioning.tree_shardings(shapes, mesh))
+    params = checkpoints.read_item(directory, 'params', config, template, progress)
+  except (ConfigError, TypeError):
+    raise
+  except Exception as error:
+    raise checkpoints.CheckpointError(f'{directory} cannot be read: {checkpoints.one_line(error)}') from error
+  return Model(config, params, progress['step'], run)

@@ -1,0 +1,55 @@
+"""Averages of training metrics between two logged steps; part of a checkpoint, so that a resumed run logs the same."""
+
+import math
+from typing import Any, Dict, Mapping
+
+import numpy as np
+
+from openmoe_jax.history import to_plain
+
+# Reported as they are at the logged step instead of as a mean, or as a sum.
+_LAST = ('learning_rate', 'param_norm')
+_SUM = 'num_target_tokens'
+
+
+class MetricWindow:
+  """Adds up metrics in float64, which JSON carries exactly."""
+
+  def __init__(self, saved: Mapping[str, Any] = {}):
+    """`saved`: what `state` gave, to go on from there."""
+    self._count = saved.get('count', 0)
+    self._sums: Dict[str, np.ndarray] = {k: np.asarray(v, np.float64) for k, v in saved.get('sums', {}).items()}
+    self._last: Dict[str, Any] = dict(saved.get('last', {}))
+    self.target_tokens = saved.get('target_tokens', 0)
+
+  def add(self, metrics: Mapping[str, np.ndarray]) -> None:
+    """Takes one step's metrics (host arrays)."""
+    self._count += 1
+    self.target_tokens += int(round(float(metrics[_SUM])))
+    for name, value in metrics.items():
+      if name in _LAST:
+        self._last[name] = float(value)
+      else:
+        self._sums[name] = self._sums.get(name, 0.) + np.asarray(value, np.float64)
+
+  def means(self) -> Dict[str, Any]:
+    """Means over the window; `num_target_tokens` is the mean of a step, `target_tokens` the sum since the run began."""
+    return {**{name: to_plain(value / self._count) for name, value in self._sums.items()}, **self._last,
+            'target_tokens': self.target_tokens}
+
+  def restart(self) -> None:
+    self._count, self._sums, self._last = 0, {}, {}
+
+  def state(self) -> Dict[str, Any]:
+    """JSON values that `MetricWindow(saved)` goes on from."""
+    return {'count': self._count, 'sums': to_plain(self._sums), 'last': dict(self._last),
+            'target_tokens': self.target_tokens}
+
+  def __len__(self) -> int:
+    return self._count
+
+
+def not_finite(metrics: Mapping[str, Any]) -> str:
+  """Name of the first metric that shows that training has broken down, or ''."""
+  return next((name for name in ('loss', 'grad_norm', 'param_norm')
+               if name in metrics and not math.isfinite(float(metrics[name]))), '')

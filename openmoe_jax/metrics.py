@@ -1,0 +1,50 @@
+"""Metrics of a batch as sums, so that microbatches, hosts and evaluation batches add up, and their means (SPEC 2.10, 3).
+
+A metric dictionary in sums holds `num_target_tokens` and everything else multiplied by it; `means` divides.
+"""
+
+from typing import Dict, Optional
+
+import jax
+import jax.numpy as jnp
+
+from openmoe_jax.losses import LossSums
+from openmoe_jax.moe import RoutingRecord
+
+Metrics = Dict[str, jax.Array]
+
+# Averaged over sparse layers; each is reported per layer as well, under the name with this ending.
+ROUTING_SCALARS = ('auxiliary_loss', 'router_z_loss', 'fraction_tokens_left_behind', 'expert_usage',
+                   'router_confidence')
+PER_LAYER = '_per_layer'
+WEIGHT = 'num_target_tokens'
+
+
+def batch_means(sums: LossSums, num_target_tokens: jax.Array, total_loss: jax.Array,
+                record: Optional[RoutingRecord]) -> Metrics:
+  """Metrics of one microbatch, as means.
+
+  `loss` is the total; `cross_ent_loss` and `z_loss` are per weighted target token; `auxiliary_loss` and `router_z_loss`
+  are unscaled means over sparse layers. `expert_load` is [sparse layers, E], mean 1.
+  """
+  weight = jnp.maximum(num_target_tokens, 1e-8)
+  metrics = {'loss': total_loss, 'cross_ent_loss': sums.cross_entropy / weight, 'z_loss': sums.z_loss / weight,
+             'accuracy': sums.correct / weight, WEIGHT: num_target_tokens}
+  if record is not None:
+    for name in ROUTING_SCALARS:
+      per_layer = getattr(record, name)
+      metrics[name] = jnp.mean(per_layer)
+      metrics[name + PER_LAYER] = per_layer
+    metrics['expert_load'] = record.expert_load
+  return metrics
+
+
+def to_sums(means: Metrics) -> Metrics:
+  """Multiplies every metric by the number of target tokens, which makes it additive."""
+  return {name: x if name == WEIGHT else x * means[WEIGHT] for name, x in means.items()}
+
+
+def to_means(sums: Metrics) -> Metrics:
+  """The inverse of `to_sums`, for added-up sums too: means weighted by target tokens (SPEC 15.2)."""
+  weight = jnp.maximum(sums[WEIGHT], 1e-8)
+  return {name: x if name == WEIGHT else x / weight for name, x in sums.items()}

@@ -1,0 +1,44 @@
+"""What changes from step to step: parameters, optimizer state, router state, the step counter."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from openmoe_jax.config import ModelConfig
+from openmoe_jax.model import OpenMoE
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Attributes:
+
+    step: int32 [], updates made so far.
+    params: nested dictionary of float32 arrays.
+    opt_state: the optax state.
+    router_state: routers' own arrays (frozen tables, balancing biases): saved like parameters, not differentiated.
+  """
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  router_state: Any
+
+
+def init_params(config: ModelConfig, seed: int) -> Any:
+  """Random parameters with the distributions of SPEC 5; the same for every mesh and number of devices."""
+  tokens = jnp.ones((1, 2), jnp.int32)
+  batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': tokens, 'decoder_causal_attention': tokens}
+  return OpenMoE(config).init(jax.random.key(seed), batch)['params']
+
+
+def init_train_state(config: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+  """The state before the first step."""
+  del config  # routers with a state of their own will read it
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), router_state={})
+
+
+def abstract_train_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+  """Shapes and dtypes of a train state, nothing allocated."""
+  return jax.eval_shape(lambda: init_train_state(config, optimizer, init_params(config, 0)))

@@ -1,0 +1,158 @@
+"""The loss of a batch and the one jitted, donated training step (SPEC 3, 4, 15.2)."""
+
+from typing import Any, Callable, Mapping, Optional, Tuple
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import optax
+
+from openmoe_jax import metrics as metrics_lib
+from openmoe_jax.config import ModelConfig, require
+from openmoe_jax.losses import chunked_cross_entropy
+from openmoe_jax.metrics import Metrics
+from openmoe_jax.model import OpenMoE
+from openmoe_jax.optimizers import global_norm
+from openmoe_jax.train_state import TrainState
+
+Batch = Mapping[str, jax.Array]
+
+
+def target_weights(batch: Batch) -> jax.Array:
+  """float32 [.., L]: decoder_loss_weights, or 1 on every target that is not padding."""
+  if 'decoder_loss_weights' in batch:
+    return jnp.asarray(batch['decoder_loss_weights'], jnp.float32)
+  return (jnp.asarray(batch['decoder_target_tokens']) > 0).astype(jnp.float32)
+
+
+def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool = True,
+                     dropout_key: Optional[jax.Array] = None) -> Tuple[jax.Array, Metrics]:
+  """Total loss (SPEC 3) and metrics of one batch of [B, L] arrays.
+
+  Args:
+    params: in the layout of `config.scan_blocks`.
+    train: capacity factor and dropout of training.
+    dropout_key: needed if `train` and `config.dropout_rate` > 0.
+
+  Returns:
+    float32 []: sum_t w_t (CE_t + z_loss * logZ_t^2) / sum_t w_t + aux_loss_factor * mean over layers of the
+    load-balance loss + router_z_loss_factor * mean over layers of the router z-loss; and metrics as `batch_means`.
+  """
+  rngs = {} if dropout_key is None else {'dropout': dropout_key}
+  hidden, kernel, record = OpenMoE(config).apply({'params': params}, batch, train, rngs=rngs, method='features')
+  weights = target_weights(batch)
+  sums = chunked_cross_entropy(
+      hidden, kernel, jnp.asarray(batch['decoder_target_tokens']), weights, z_loss=config.z_loss,
+      label_smoothing=config.label_smoothing if train else 0., chunk_tokens=config.loss_chunk_tokens)
+  num_targets = jnp.sum(weights)
+  loss = sums.loss
+  if config.loss_normalization == 'target_tokens':
+    loss = loss / jnp.maximum(num_targets, 1e-8)
+  if record is not None:
+    loss += config.aux_loss_factor * jnp.mean(record.auxiliary_loss)
+    loss += config.router_z_loss_factor * jnp.mean(record.router_z_loss)
+  return loss, metrics_lib.batch_means(sums, num_targets, loss, record)
+
+
+def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+  """[B, L] arrays as [m, B/m, L], runs of consecutive rows; arrays of that shape are passed on.
+
+  Raises:
+    ConfigError: the rows do not divide, or the batch already has another number of microbatches.
+  """
+  def split(name, x):
+    if x.ndim == 3:
+      require(x.shape[0] == num_microbatches, f'{name} has {x.shape[0]} microbatches, num_microbatches = '
+              f'{num_microbatches}')
+      return x
+    require(x.shape[0] % num_microbatches == 0, f'{name} has {x.shape[0]} rows: not a multiple of num_microbatches = '
+            f'{num_microbatches}')
+    return x.reshape(num_microbatches, x.shape[0] // num_microbatches, *x.shape[1:])
+
+  return {name: split(name, jnp.asarray(x)) for name, x in batch.items()}
+
+
+def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optional[jax.Array] = None
+              ) -> Tuple[Any, Metrics]:
+  """Mean gradient and metrics over microbatches [m, rows, L], weighted by their target tokens (SPEC 15.2).
+
+  With `loss_normalization` 'sum' gradients add up, as the token losses do.
+  """
+  grad_fn = jax.value_and_grad(lambda *args: loss_and_metrics(config, *args), has_aux=True)
+  count = jax.tree.leaves(batch)[0].shape[0]
+  key = lambda i: None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+  if count == 1:
+    (_, metrics), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch), True, key(0))
+    return grads, metrics
+
+  weights = target_weights(batch).sum(axis=(1, 2))
+  share = weights / jnp.maximum(weights.sum(), 1e-8)
+  if config.loss_normalization == 'sum':
+    share = jnp.ones_like(share)
+
+  def step(carry, microbatch):
+    i, share_i, arrays = microbatch
+    (_, metrics), grads = grad_fn(params, arrays, True, key(i))
+    total, sums = carry
+    total = jax.tree.map(lambda t, g: t + share_i * g, total, grads)
+    return (total, jax.tree.map(jnp.add, sums, metrics_lib.to_sums(metrics))), None
+
+  shapes = jax.eval_shape(lambda b: grad_fn(params, b, True, key(0))[0][1], jax.tree.map(lambda x: x[0], batch))
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+  (grads, sums), _ = jax.lax.scan(step, (zeros(params), zeros(shapes)), (jnp.arange(count), share, batch))
+  return grads, metrics_lib.to_means(sums)
+
+
+def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
+                    mesh: Optional[Mesh] = None, seed: int = 0, schedule: Optional[Callable] = None
+                    ) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
+  """The training step: loss, gradients, optimizer; jitted, and the state is donated (do not use it again).
+
+  Args:
+    num_microbatches: gradients are accumulated over this many; routing groups are formed within one.
+    mesh: devices; state and batch are expected to be sharded over it already. Without one, a single device.
+    seed: of dropout; the key of a step follows from it and the step counter, so a resumed run drops the same.
+    schedule: step -> learning rate, only to report it.
+
+  Returns:
+    (state, batch) -> (state, metrics); batch leaves are [B, L] or [m, B/m, L]. Metrics are those of
+    `loss_and_metrics`, and `grad_norm`, `param_norm` (before the update) and, with a schedule, `learning_rate`.
+  """
+  def step(state: TrainState, batch: Batch):
+    batch = split_microbatches(batch, num_microbatches)
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if config.dropout_rate else None
+    grads, metrics = gradients(config, state.params, batch, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics['grad_norm'] = global_norm(grads)
+    metrics['param_norm'] = global_norm(state.params)
+    if schedule is not None:
+      metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
+    new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return new, metrics
+
+  return _under_mesh(jax.jit(step, donate_argnums=0), mesh)
+
+
+def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Callable[[Any, Batch], Metrics]:
+  """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation."""
+  def step(params, batch):
+    return metrics_lib.to_sums(loss_and_metrics(config, params, batch, train=False)[1])
+
+  return _under_mesh(jax.jit(step), mesh)
+
+
+def _under_mesh(function: Callable, mesh: Optional[Mesh]) -> Callable:
+  """Calls `function` with the mesh set: without it, constraints on activations would silently do nothing."""
+  if mesh is None:
+    return function
+
+  def call(*args):
+    with jax.set_mesh(mesh):
+      return function(*args)
+
+  def lower(*args):
+    with jax.set_mesh(mesh):
+      return function.lower(*args)
+
+  call.lower = lower
+  return call

@@ -1,0 +1,154 @@
+"""The loop: steps, and after some of them a log record, an evaluation, a checkpoint, or the end."""
+
+import time
+from typing import Any, Callable, Dict, Mapping, Optional
+
+import jax
+
+from openmoe_jax import launch
+from openmoe_jax.checkpoints import Checkpointer
+from openmoe_jax.config import RunConfig
+from openmoe_jax.evaluation import Evaluator
+from openmoe_jax.metric_window import MetricWindow, not_finite
+from openmoe_jax.progress import Progress
+from openmoe_jax.train_state import TrainState
+from openmoe_jax.writers import Writers
+
+
+class TrainingError(RuntimeError):
+  """Training cannot go on; the message says why and what is kept."""
+
+
+class TrainingLoop:
+  """Trains a state to `run.train.train_steps`.
+
+  Args:
+    run: the settings.
+    train_step: (state, global batch) -> (state, metrics); donates the state.
+    streams: iterator of host batches with `state()`, the position after the batches handed out.
+    to_global: host batch -> sharded global arrays.
+    evaluator, writers, checkpointer, progress: where results go.
+  """
+
+  def __init__(self, run: RunConfig, train_step: Callable, streams: Any, to_global: Callable, evaluator: Evaluator,
+               writers: Writers, checkpointer: Checkpointer, progress: Progress):
+    self._run = run
+    self._train_step = train_step
+    self._streams = streams
+    self._to_global = to_global
+    self._evaluator = evaluator
+    self._writers = writers
+    self._checkpointer = checkpointer
+    self._progress = progress
+    self._window = MetricWindow()
+    self._evaluated = -1  # the last step after which there was an evaluation
+
+  def run(self, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
+    """Trains until the last step or until asked to stop; the final state is saved either way.
+
+    Args:
+      state: donated.
+      saved: the `progress` of the checkpoint that `state` comes from; {} for a new run.
+
+    Raises:
+      TrainingError: loss, gradients or parameters are no longer finite.
+      CheckpointError: a checkpoint cannot be written.
+    """
+    step, end = int(state.step), self._run.train.train_steps
+    self._window = MetricWindow(saved.get('window', {}))
+    self._evaluated = saved.get('evaluated', -1)
+    if step >= end:
+      self._progress.say(f'step {step} is reached and train_steps = {end}: nothing to train; a larger TRAIN_STEPS goes on')
+      return state
+    with self._progress, launch.StopRequest() as stop:
+      if saved and self._due(self._run.train.eval_period, step) and self._evaluated != step:
+        self._evaluate(step, state)  # the last process was told to stop when this was due
+      state, step = self._steps(state, step, end, stop)
+      if step < end:
+        self._save(step, state, wait=True)
+        self._progress.say(f'{stop.signal}: stopped, checkpoint {step} is saved; the same command goes on from here')
+        return state
+      if len(self._window):  # not emptied: a run that is extended later logs what one long run would
+        self._log(end)
+      if self._evaluated != end:
+        self._evaluate(end, state)
+      self._save(end, state, wait=True)
+    return state
+
+  def _steps(self, state: TrainState, step: int, end: int, stop: launch.StopRequest):
+    """Steps until `end` or a request to stop; returns the state, accounted for, and its step."""
+    under_way: Optional[tuple] = None
+    first = time.monotonic()
+    self._progress.say('compiling the training step ...')
+    while step < end:
+      state, metrics = self._train_step(state, self._to_global(next(self._streams)))
+      step += 1
+      if under_way:  # the metrics of one step are fetched while the next one is computed
+        self._account(*under_way)
+      under_way = (step, metrics)
+      stopping = stop.after(step)
+      evaluate = self._due(self._run.train.eval_period, step)
+      save = self._due(self._run.checkpoint.period, step)
+      if not (evaluate or save or stopping or step == end or first):
+        continue
+      self._account(*under_way)
+      under_way = None
+      if first:
+        self._progress.say(f'first step: {time.monotonic() - first:.1f} s with compilation')
+        first = 0.
+      if stopping or step == end:
+        break
+      if evaluate:
+        self._evaluate(step, state)
+      if save:
+        self._save(step, state)
+      if evaluate or save:
+        self._progress.clock.pause()
+    return state, step
+
+  def _due(self, period: int, step: int) -> bool:
+    return period > 0 and step % period == 0
+
+  def _account(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Waits for a step's metrics, checks and adds them up, and logs if it is time."""
+    values = jax.device_get(metrics)
+    self._checkpointer.check()
+    self._progress.clock.tick()
+    broken = not_finite(values)
+    if broken and self._run.train.stop_on_nan:
+      kept = self._checkpointer.steps()
+      self._writers.flush()
+      raise TrainingError(
+          f'{broken} is {float(values[broken])} at step {step}: training stopped. ' +
+          (f'Checkpoint {kept[-1]} is kept. ' if kept else 'There is no checkpoint yet. ') +
+          f'--replay_step={step} shows the batch of that step; a lower learning rate, OptimizerConfig.max_grad_norm or '
+          "dtype 'float32' may help; --gin.TrainConfig.stop_on_nan=False goes on regardless.")
+    self._window.add(values)
+    logged = self._due(self._run.train.log_period, step)
+    if logged:
+      self._log(step)
+      self._window.restart()
+    self._progress.update(step, values, logged)
+
+  def _tokens(self, step: int) -> int:
+    return step * self._run.data.batch_size * self._run.data.row_length
+
+  def _log(self, step: int) -> None:
+    self._writers.train(step, {'tokens': self._tokens(step), **self._window.means(), **self._progress.rates()})
+
+  def _evaluate(self, step: int, state: TrainState) -> None:
+    for source, record in self._evaluator(state.params).items():
+      self._writers.evaluation(step, source, {'tokens': self._tokens(step), **record})
+      self._progress.say(f'validation at step {step}: {describe_evaluation(source, record)}')
+    self._evaluated = step
+
+  def _save(self, step: int, state: TrainState, wait: bool = False) -> None:
+    self._writers.flush()  # no checkpoint is ahead of its history
+    progress = {'window': self._window.state(), 'evaluated': self._evaluated}
+    self._checkpointer.save(state, self._streams.state(), progress, wait)
+
+
+def describe_evaluation(source: str, record: Dict[str, Any]) -> str:
+  """'demo_code_full_lm loss 4.1 (unigram entropy 6.2), perplexity 60.3, accuracy 24.1%'."""
+  return (f'{source} loss {record["loss"]:.4f} (unigram entropy {record["unigram_entropy"]:.4f}), perplexity '
+          f'{record["perplexity"]:.1f}, accuracy {100 * record["accuracy"]:.1f}%')

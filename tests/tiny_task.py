@@ -1,0 +1,35 @@
+"""A seqio task of a few hundred short made-up texts, so that tests which start whole training runs start quickly."""
+
+import numpy as np
+
+from openmoe_jax import vocabulary
+from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
+
+NAME = 'tiny_task'
+_WORDS = ('def return import for in while class self None print value index of the module function object if not else '
+          'string number list is a this that with from error').split()
+
+
+def _texts(count: int, seed: int) -> list:
+  rng = np.random.default_rng(seed)
+  return [' '.join(rng.choice(_WORDS, rng.integers(20, 60))) for _ in range(count)]
+
+
+def _dataset(split, shuffle_files, seed=None):
+  tf = import_tensorflow()
+  texts = _texts(*{'train': (200, 1), 'validation': (40, 2)}[split])
+  dataset = tf.data.Dataset.from_tensor_slices({'targets': texts})
+  return dataset.shuffle(200, seed=seed) if shuffle_files else dataset
+
+
+def register() -> None:
+  seqio = import_seqio()
+  if NAME in seqio.TaskRegistry.names():
+    return
+  seqio.TaskRegistry.add(
+      NAME, source=seqio.FunctionDataSource(_dataset, splits=('train', 'validation')),
+      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+      output_features={'targets': seqio.Feature(vocabulary.shared(), add_eos=True)})
+
+
+register()
