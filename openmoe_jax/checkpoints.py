@@ -11,10 +11,11 @@ A step is written in the background and appears as a whole or not at all.
 """
 
 import json
+import logging
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -57,8 +58,9 @@ class Checkpointer:
     self.directory = self._model_dir / CHECKPOINTS
     self._owned: Optional[List[int]] = None
     self._under_way: Optional[int] = None  # the step whose save was begun last
-    logging.set_verbosity(logging.FATAL)  # Orbax logs every phase of a save, and each failure besides raising it
-    _hide_late_callbacks()
+    # Orbax logs every phase of a save, and each failure besides raising it.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    _hide_echoes_of_failed_writes()
     keep = run.checkpoint
     self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
         max_to_keep=keep.max_to_keep or None, keep_period=keep.keep_period or None, cleanup_tmp_directories=True,
@@ -187,11 +189,15 @@ class Checkpointer:
     self._manager.reload()
 
 
-def _hide_late_callbacks() -> None:
-  """Keeps one kind of noise off stderr: after a failed write, TensorStore calls back into event loops that Orbax closed.
+def _hide_echoes_of_failed_writes() -> None:
+  """Keeps two kinds of noise off stderr, each a traceback for every array of a write that failed.
 
-  The failure itself is raised by the save; these say nothing about it, a traceback for every array.
+  The save itself raises the first failure. The others stay in tasks that Orbax does not look at again, which asyncio
+  reports whenever they are collected; and TensorStore calls back into event loops that Orbax has closed.
   """
+  asyncio_log = logging.getLogger('asyncio')
+  if _not_from_a_write not in asyncio_log.filters:
+    asyncio_log.addFilter(_not_from_a_write)
   previous = sys.unraisablehook
 
   def hook(unraisable):
@@ -199,6 +205,11 @@ def _hide_late_callbacks() -> None:
       previous(unraisable)
   if getattr(previous, '__name__', '') != 'hook':
     sys.unraisablehook = hook
+
+
+def _not_from_a_write(record: logging.LogRecord) -> bool:
+  message = record.getMessage()
+  return not (message.startswith('Task exception was never retrieved') and 'orbax' in message)
 
 
 def _stream_file(stream: int) -> str:

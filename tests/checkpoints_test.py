@@ -1,6 +1,8 @@
 """Checkpoints: what comes back is what went in, in any layout and on any mesh, and damage is noticed."""
 
+import asyncio
 import dataclasses
+import gc
 import json
 import pathlib
 import re
@@ -247,6 +249,22 @@ def test_a_write_that_fails_says_what_is_kept(saved, tmp_path, monkeypatch):
   assert again.restore(template).step == 3
   again.save(at_step(states[1], 4), {0: b''}, wait=True)
   assert again.restore(template).step == 4
+
+
+@pytest.mark.parametrize('file, shown', [('/x/orbax/checkpoint/serialization.py', False), ('/x/other.py', True)])
+def test_echoes_of_a_failed_write_are_not_printed_as_tracebacks(saved, caplog, file, shown):
+  """Orbax starts a task an array, awaits them all and raises the first failure; the others are never looked at."""
+  Checkpointer(saved[0]).close()
+  functions = {}
+  exec(compile('async def write_fragment():\n  raise ValueError("No space left on device")', file, 'exec'), functions)
+
+  async def main():
+    task = asyncio.ensure_future(functions['write_fragment']())
+    await asyncio.wait([task])
+
+  asyncio.run(main())
+  gc.collect()
+  assert any('never retrieved' in record.getMessage() for record in caplog.records) == shown
 
 
 def test_load_gives_config_and_parameters_without_gin(saved):
