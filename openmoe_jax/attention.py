@@ -9,11 +9,15 @@ from typing import NamedTuple, Optional, Tuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from openmoe_jax.config import ConfigError, ModelConfig
-from openmoe_jax.layers import Dropout, Kernel, normal_init
+from openmoe_jax.config import ConfigError, ModelConfig, require
+from openmoe_jax.layers import Dropout, Kernel, linear, normal_init
 from openmoe_jax.partitioning import constrain
 
+# What the model and its loss read of a batch (SPEC 10); decoder_positions is ignored, as in the original.
+FEATURES = ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights', 'decoder_segment_ids',
+            'decoder_causal_attention')
 MASKED = -1e10  # far below any score, so that exp gives exactly 0
 
 
@@ -47,7 +51,8 @@ def make_context(config: ModelConfig, batch) -> BlockContext:
   """The context of a feature dictionary (SPEC 10).
 
   Raises:
-    ConfigError: a feature is missing, or decoder_causal_attention where the configuration needs it.
+    ConfigError: a feature is missing (decoder_causal_attention only where the configuration needs it), is not of the
+      shape [B, L] that all share, or tokens are not integers.
   """
   needed = ['decoder_input_tokens', 'decoder_target_tokens']
   if config.inputs_bidirectional_attention:
@@ -55,7 +60,15 @@ def make_context(config: ModelConfig, batch) -> BlockContext:
   missing = [name for name in needed if name not in batch]
   if missing:
     raise ConfigError(f'the batch lacks {", ".join(missing)}; it has {", ".join(sorted(batch))}')
+  shape = jnp.shape(batch['decoder_input_tokens'])
+  for name in FEATURES:
+    require(name not in batch or jnp.shape(batch[name]) == shape and len(shape) == 2, f'{name} has another shape than '
+            f'[batch, length], the same for all features: {jnp.shape(batch.get(name, 0))}; that of decoder_input_tokens '
+            f'is {shape}')
   tokens = jnp.asarray(batch['decoder_input_tokens'])
+  require(jnp.issubdtype(tokens.dtype, jnp.integer), f'decoder_input_tokens has the dtype {tokens.dtype}; token ids are '
+          'integers')
+  tokens = tokens.astype(jnp.int32)
   segment_ids = batch.get('decoder_segment_ids')
   return BlockContext(
       token_ids=tokens,
@@ -81,10 +94,11 @@ def attention_mask(context: BlockContext, queries: slice, keys: slice) -> jax.Ar
 
 def rope_tables(length: int, head_dim: int) -> Tuple[jax.Array, jax.Array]:
   """float32 sin and cos [L, K] of position times 10000^(-2j/K), the K/2 angles tiled twice (Su et al. 2021, NeoX)."""
-  frequency = 10000. ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = jnp.einsum('l,j->lj', jnp.arange(length, dtype=jnp.float32), frequency, precision='highest')
-  angle = jnp.concatenate([angle, angle], axis=-1)
-  return jnp.sin(angle), jnp.cos(angle)
+  # NumPy makes constants of them. A compiler may compute sines and cosines again for every head, row, layer and use.
+  frequency = np.float32(10000.) ** (-np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+  angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+  angle = np.concatenate([angle, angle], axis=-1)
+  return jnp.asarray(np.sin(angle)), jnp.asarray(np.cos(angle))
 
 
 def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
@@ -108,7 +122,7 @@ class SelfAttention(nn.Module):
 
     def project(name, kernel_init):
       kernel = Kernel((config.emb_dim, heads * head_dim), kernel_init, name=name)().astype(config.dtype)
-      return constrain((x @ kernel).reshape(*x.shape[:2], heads, head_dim), 'batch', 'length', 'heads', 'kv')
+      return constrain(linear(x, kernel).reshape(*x.shape[:2], heads, head_dim), 'batch', 'length', 'heads', 'kv')
 
     q, k, v = project('query', query_init), project('key', init), project('value', init)
     sin, cos = rope_tables(x.shape[1], head_dim)
@@ -119,7 +133,7 @@ class SelfAttention(nn.Module):
     out = blocked_attention(q, k, v, context, config.attention_query_blocks, keep)
     out = constrain(out, 'batch', 'length', 'heads', 'kv').reshape(*x.shape[:2], heads * head_dim)
     out_init = normal_init(config.init_scale, heads * head_dim)
-    return out @ Kernel((heads * head_dim, config.emb_dim), out_init, name='out')().astype(config.dtype)
+    return linear(out, Kernel((heads * head_dim, config.emb_dim), out_init, name='out')().astype(config.dtype))
 
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockContext, num_blocks: int,
@@ -140,7 +154,7 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockCo
     mask = attention_mask(context, slice(start, stop), keys)
     factor = None if keep is None else keep[..., keys]
     outs.append(_attend(q[:, start:stop], k[:, keys], v[:, keys], mask, factor))
-  return jnp.where(context.is_target[:, :, None, None], jnp.concatenate(outs, axis=1), _blind_attention(q, k, v))
+  return jnp.where(context.is_target[:, :, None, None], jnp.concatenate(outs, axis=1), _blind_attention(q, k, v, keep))
 
 
 @jax.custom_vjp
@@ -187,13 +201,16 @@ def _attend_bwd(residuals, dout):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _blind_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _blind_attention(q: jax.Array, k: jax.Array, v: jax.Array, keep: Optional[jax.Array] = None) -> jax.Array:
   """What a query gets that is allowed no key at all: the average of all L values (SPEC 1.6).
 
   A bias of -1e10 swallows every score, so that they come out equal; but the softmax is still differentiated at that
   point, and so d out / d score_k = (v_k - mean v) / L reaches q and k. The second term has the value 0 and exactly this
-  gradient, at the cost of a [K, K] matrix a head instead of [L, L] scores.
+  gradient, at the cost of a [K, K] matrix a head instead of [L, L] scores. Dropout of the equal weights is the same as
+  dropout of the values.
   """
+  if keep is not None:
+    v = v * keep[:, :, 0, :].swapaxes(1, 2)[..., None]
   mean = jnp.mean(v, axis=1, keepdims=True)
   slope = jnp.einsum('bkhd,bkhe->bhde', k, jax.lax.stop_gradient(v - mean)) / v.shape[1]
   linear = jnp.einsum('bqhd,bhde->bqhe', q, slope)

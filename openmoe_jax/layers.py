@@ -33,6 +33,28 @@ class Kernel(nn.Module):
     return self.param('kernel', self.init, self.shape, jnp.float32)
 
 
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x @ kernel: [..., D], [D, F] -> [..., F].
+
+  With a gradient of its own because of the order of operands, which doubles to quadruples the speed of the kernel's
+  gradient on a CPU: one operand has to be laid out anew for that product, and it should be the narrow one.
+  """
+  return x @ kernel
+
+
+def _linear_bwd(residuals, dy):
+  x, kernel = residuals
+  if x.shape[-1] <= dy.shape[-1]:
+    dkernel = jnp.einsum('...d,...f->df', x, dy)
+  else:  # the barrier keeps XLA from turning the product around again
+    dkernel = jax.lax.optimization_barrier(jnp.einsum('...f,...d->fd', dy, x)).T
+  return dy @ kernel.T, dkernel
+
+
+linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_bwd)
+
+
 class RMSNorm(nn.Module):
   """x * rsqrt(mean(x^2) + eps) in float32, then scale in the activation dtype (Zhang and Sennrich 2019; T5)."""
   dtype: jnp.dtype
@@ -117,8 +139,8 @@ class GatedMLP(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     config = self.config
     init = truncated_normal_init(config.init_scale)
-    hidden = [x @ Kernel((config.emb_dim, width), init, name=f'wi_{i}')().astype(config.dtype)
+    hidden = [linear(x, Kernel((config.emb_dim, width), init, name=f'wi_{i}')().astype(config.dtype))
               for i, width in enumerate(hidden_widths(config))]
     h = gate(hidden, config.mlp_activations)
     h = Dropout(config.dropout_rate)(h, train)
-    return h @ Kernel((config.mlp_dim, config.emb_dim), init, name='wo')().astype(config.dtype)
+    return linear(h, Kernel((config.mlp_dim, config.emb_dim), init, name='wo')().astype(config.dtype))

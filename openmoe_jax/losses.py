@@ -11,7 +11,7 @@ from typing import NamedTuple, Tuple
 import jax
 import jax.numpy as jnp
 
-from openmoe_jax.partitioning import constrain, num_batch_shards
+from openmoe_jax.partitioning import constrain, num_shards
 
 
 class LossSums(NamedTuple):
@@ -38,15 +38,18 @@ def _chunk(hidden, kernel, targets, weights, z_loss: float, label_smoothing: flo
   logits = constrain(jnp.einsum('bld,dv->blv', x, kernel), 'batch', 'length', 'vocab')
   top = jnp.max(logits, axis=-1)
   log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-  # A comparison instead of a gather: it stays local when the vocabulary is sharded.
   is_target = jnp.arange(vocab_size)[None, None, :] == targets[..., None]
-  target_logit = jnp.sum(jnp.where(is_target, logits, 0.), axis=-1)
+  if num_shards('vocab') == 1:
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='fill', fill_value=0.)[..., 0]
+  else:  # takes a pass over the logits, but stays local
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0.), axis=-1)
   cross_entropy = log_z - (high - low) * target_logit - entropy
   if label_smoothing:
     cross_entropy -= low * jnp.sum(logits, axis=-1)
   squared = z_loss * log_z ** 2
-  # Not argmax: comparing the maximum needs no further pass over the logits. Only an exact tie would tell them apart.
-  correct = target_logit >= top
+  # Not argmax: comparing the maximum needs no further pass over the logits. Only an exact tie would tell them apart, as
+  # at masked positions, where all logits are 0 and the first id is the argmax.
+  correct = jnp.where(jnp.any(x != 0, axis=-1), target_logit >= top, targets == 0)
   sums = LossSums(loss=jnp.sum(weights * (cross_entropy + squared)), cross_entropy=jnp.sum(weights * cross_entropy),
                   z_loss=jnp.sum(weights * squared), correct=jnp.sum(weights * correct))
   if not with_gradient:
@@ -63,7 +66,7 @@ def _run(hidden, kernel, targets, weights, z_loss, label_smoothing, chunk_tokens
   """All chunks: sums, d hidden and d kernel."""
   batch, length, _ = hidden.shape
   # Chunks are runs of columns, so that each holds tokens of every batch shard.
-  columns = max(1, min(length, chunk_tokens * num_batch_shards() // batch))
+  columns = max(1, min(length, chunk_tokens * num_shards('batch') // batch))
   count = -(-length // columns)
   columns = -(-length // count)
   pad = count * columns - length

@@ -121,10 +121,10 @@ def _axes_size(mesh_shape: Mapping[str, int], axes) -> int:
   return math.prod(mesh_shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
-def num_batch_shards() -> int:
-  """Into how many parts the mesh in force splits the rows of a batch; 1 without a mesh."""
+def num_shards(logical_axis: str) -> int:
+  """Into how many parts the mesh in force splits a dimension with this logical axis; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else _axes_size(mesh.shape, BATCH_AXES)
+  return 1 if mesh.empty else _axes_size(mesh.shape, RULES[logical_axis])
 
 
 def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Mesh:
