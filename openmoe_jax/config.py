@@ -6,6 +6,8 @@ and compared with the configuration of the run that is being resumed.
 """
 
 import dataclasses
+import math
+import numbers
 from typing import Any, Mapping, Tuple
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -30,18 +32,22 @@ def _one_of(name: str, value: Any, valid: Tuple[str, ...]) -> None:
   require(value in valid, f'{name} = {value!r} is not known; valid: {", ".join(map(repr, valid))}')
 
 
-def _positive(owner: Any, *names: str) -> None:
+def _integers(owner: Any, least: int, *names: str) -> None:
+  """Makes the fields plain integers (NumPy's are taken, too) and checks that they are at least `least`."""
   for name in names:
     value = getattr(owner, name)
-    require(isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f'{type(owner).__name__}.{name} = {value!r} must be a positive integer')
+    require(isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least,
+            f'{type(owner).__name__}.{name} = {value!r} must be an integer of at least {least}')
+    object.__setattr__(owner, name, int(value))
 
 
 def _not_negative(owner: Any, *names: str) -> None:
+  """Makes the fields plain floats and checks that they are finite and not negative."""
   for name in names:
     value = getattr(owner, name)
-    require(isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0,
+    require(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0,
             f'{type(owner).__name__}.{name} = {value!r} must be a number that is not negative')
+    object.__setattr__(owner, name, float(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +134,11 @@ class ModelConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    _positive(self, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
+    _integers(self, 1, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
               'num_selected_experts', 'group_size', 'min_expert_capacity', 'num_expert_replicas',
               'attention_query_blocks', 'loss_chunk_tokens')
-    _not_negative(self, 'num_experts', 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate',
+    _integers(self, 0, 'num_experts')
+    _not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
                   'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale')
     _one_of('ModelConfig.router', self.router, ROUTERS)
     _one_of('ModelConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES)
@@ -187,8 +194,9 @@ class MeshConfig:
   platform: str = ''
 
   def __post_init__(self):
-    _positive(self, 'expert', 'model')
-    require(isinstance(self.data, int) and (self.data == -1 or self.data > 0),
+    _integers(self, 1, 'expert', 'model')
+    _integers(self, -1, 'data')
+    require(self.data != 0,
             f'MeshConfig.data = {self.data!r} must be a positive integer, or -1 for all remaining devices')
     _one_of('MeshConfig.platform', self.platform, ('', 'cpu', 'gpu', 'tpu'))
 
@@ -211,7 +219,7 @@ class DataConfig:
     train_split: seqio split to train on.
     use_cached: read tasks from seqio's cache directories.
     eval_mixture_or_task: what is evaluated during training; '' is `mixture_or_task`. A mixture is reported per source.
-    eval_split, eval_batch_size (0: batch_size), eval_batches: validation split and how much of it.
+    eval_split, eval_batch_size (0: batch_size), eval_batches: validation split ('': no evaluation) and how much of it.
     tfds_data_dir: where TFDS data sets lie; '' is TFDS's own default.
     module_imports: extra modules that register tasks, imported before the mixture is looked up.
   """
@@ -237,8 +245,8 @@ class DataConfig:
   def __post_init__(self):
     object.__setattr__(self, 'task_feature_lengths', dict(self.task_feature_lengths))
     object.__setattr__(self, 'module_imports', tuple(self.module_imports))
-    _positive(self, 'batch_size', 'num_streams')
-    _not_negative(self, 'extra_ids', 'eval_batch_size', 'eval_batches')
+    _integers(self, 1, 'batch_size', 'num_streams')
+    _integers(self, 0, 'seed', 'extra_ids', 'eval_batch_size', 'eval_batches')
     for feature, length in self.task_feature_lengths.items():
       require(feature in ('inputs', 'targets') and isinstance(length, int) and length > 0,
               f'DataConfig.task_feature_lengths[{feature!r}] = {length!r}: features are inputs and targets, '
@@ -288,8 +296,12 @@ class OptimizerConfig:
 
   def __post_init__(self):
     _one_of('OptimizerConfig.name', self.name, ('adafactor', 'adamw'))
-    _not_negative(self, 'learning_rate', 'warmup_steps', 'decay_steps', 'min_learning_rate', 'weight_decay',
-                  'max_grad_norm')
+    _integers(self, 0, 'warmup_steps', 'decay_steps')
+    _integers(self, 1, 'min_dim_size_to_factor')
+    _not_negative(self, 'learning_rate', 'min_learning_rate', 'decay_exponent', 'epsilon1', 'epsilon2',
+                  'clipping_threshold', 'adam_b1', 'adam_b2', 'adam_epsilon', 'weight_decay', 'max_grad_norm')
+    for name in ('adam_b1', 'adam_b2'):
+      require(getattr(self, name) < 1, f'OptimizerConfig.{name} = {getattr(self, name)} must be below 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +326,7 @@ class CheckpointConfig:
   allow_setting_changes: bool = False
 
   def __post_init__(self):
-    _not_negative(self, 'period', 'max_to_keep', 'keep_period')
+    _integers(self, 0, 'period', 'max_to_keep', 'keep_period')
     _one_of('CheckpointConfig.restore', self.restore, ('params', 'full'))
 
 
@@ -340,8 +352,8 @@ class TrainConfig:
   plots: bool = True
 
   def __post_init__(self):
-    _positive(self, 'train_steps', 'num_microbatches', 'log_period')
-    _not_negative(self, 'eval_period')
+    _integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
+    _integers(self, 0, 'seed', 'eval_period')
 
 
 @dataclasses.dataclass(frozen=True)

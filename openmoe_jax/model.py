@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from openmoe_jax.attention import BlockContext, SelfAttention, make_context
-from openmoe_jax.config import ModelConfig
+from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
 from openmoe_jax.moe import MoE, RoutingRecord
 from openmoe_jax.partitioning import STACKED, constrain
@@ -131,7 +131,22 @@ class OpenMoE(nn.Module):
 
     The record's arrays have a leading axis of sparse layers. Masked positions of `hidden` are zero, so that their
     logits are exactly 0.
+
+    Raises:
+      ConfigError: parameters of the other layout, no key for dropout, or a batch without the features or shapes needed.
     """
+    if not self.is_initializing():
+      self._check_call(train)
     context = make_context(self.config, batch)
     x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
     return self.decoder(x, context, train)
+
+  def _check_call(self, train: bool) -> None:
+    """Says in the terms of this library what Flax would say in its own."""
+    config = self.config
+    stacked = STACKED in self.variables['params'].get('decoder', {})
+    require(stacked == config.scan_blocks, f'ModelConfig.scan_blocks = {config.scan_blocks}, but the blocks of these '
+            f'parameters are {"" if stacked else "not "}stacked; names.stack_blocks and names.unstack_blocks convert')
+    require(not (train and config.dropout_rate) or self.has_rng('dropout'), f'ModelConfig.dropout_rate = '
+            f"{config.dropout_rate}: training needs a random key (dropout_key of loss_and_metrics, rngs={{'dropout': key}} "
+            'of apply)')

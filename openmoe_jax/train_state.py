@@ -34,8 +34,10 @@ def init_params(config: ModelConfig, seed: int) -> Any:
 
 
 def init_train_state(config: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-  """The state before the first step."""
+  """The state before the first step. It holds a copy of `params`: the training step donates its state, and the caller's
+  arrays stay usable."""
   del config  # routers with a state of their own will read it
+  params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), router_state={})
 
 

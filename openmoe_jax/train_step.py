@@ -36,14 +36,18 @@ def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool
 
   Returns:
     float32 []: sum_t w_t (CE_t + z_loss * logZ_t^2) / sum_t w_t + aux_loss_factor * mean over layers of the
-    load-balance loss + router_z_loss_factor * mean over layers of the router z-loss; and metrics as `batch_means`.
+    load-balance loss + router_z_loss_factor * mean over layers of the router z-loss (with `loss_normalization` 'sum' not
+    divided by sum_t w_t); and metrics as `batch_means`, which carry no gradient.
+
+  Raises:
+    ConfigError: parameters or a batch that do not fit, or no key for dropout.
   """
   rngs = {} if dropout_key is None else {'dropout': dropout_key}
   hidden, kernel, record = OpenMoE(config).apply({'params': params}, batch, train, rngs=rngs, method='features')
   weights = target_weights(batch)
   sums = chunked_cross_entropy(
       hidden, kernel, jnp.asarray(batch['decoder_target_tokens']), weights, z_loss=config.z_loss,
-      label_smoothing=config.label_smoothing if train else 0., chunk_tokens=config.loss_chunk_tokens)
+      label_smoothing=config.label_smoothing, chunk_tokens=config.loss_chunk_tokens)
   num_targets = jnp.sum(weights)
   loss = sums.loss
   if config.loss_normalization == 'target_tokens':
@@ -60,6 +64,8 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
   Raises:
     ConfigError: the rows do not divide, or the batch already has another number of microbatches.
   """
+  require(num_microbatches > 0, f'num_microbatches = {num_microbatches} must be positive')
+
   def split(name, x):
     if x.ndim == 3:
       require(x.shape[0] == num_microbatches, f'{name} has {x.shape[0]} microbatches, num_microbatches = '
@@ -76,7 +82,7 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
               ) -> Tuple[Any, Metrics]:
   """Mean gradient and metrics over microbatches [m, rows, L], weighted by their target tokens (SPEC 15.2).
 
-  With `loss_normalization` 'sum' gradients add up, as the token losses do.
+  With `loss_normalization` 'sum' gradients and `loss` add up, as the token losses do.
   """
   grad_fn = jax.value_and_grad(lambda *args: loss_and_metrics(config, *args), has_aux=True)
   count = jax.tree.leaves(batch)[0].shape[0]
@@ -92,15 +98,16 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
 
   def step(carry, microbatch):
     i, share_i, arrays = microbatch
-    (_, metrics), grads = grad_fn(params, arrays, True, key(i))
+    (loss, metrics), grads = grad_fn(params, arrays, True, key(i))
     total, sums = carry
-    total = jax.tree.map(lambda t, g: t + share_i * g, total, grads)
+    total = jax.tree.map(lambda t, x: t + share_i * x, total, (loss, grads))
     return (total, jax.tree.map(jnp.add, sums, metrics_lib.to_sums(metrics))), None
 
   shapes = jax.eval_shape(lambda b: grad_fn(params, b, True, key(0))[0][1], jax.tree.map(lambda x: x[0], batch))
   zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-  (grads, sums), _ = jax.lax.scan(step, (zeros(params), zeros(shapes)), (jnp.arange(count), share, batch))
-  return grads, metrics_lib.to_means(sums)
+  total = (jnp.zeros((), jnp.float32), zeros(params))
+  ((loss, grads), sums), _ = jax.lax.scan(step, (total, zeros(shapes)), (jnp.arange(count), share, batch))
+  return grads, {**metrics_lib.to_means(sums), 'loss': loss}
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
@@ -134,7 +141,13 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
 
 
 def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Callable[[Any, Batch], Metrics]:
-  """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation."""
+  """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation.
+
+  What is reported is the data's own cross-entropy per token, whatever the training loss makes of it: without label
+  smoothing, and not as a sum.
+  """
+  config = config.replace(label_smoothing=0., loss_normalization='target_tokens')
+
   def step(params, batch):
     return metrics_lib.to_sums(loss_and_metrics(config, params, batch, train=False)[1])
 
