@@ -9,8 +9,10 @@ run continues on another number.
 """
 
 import functools
+import hashlib
 import math
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+import os
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 import jax
 import numpy as np
@@ -58,6 +60,12 @@ def _stream_source_class() -> type:
     def get_dataset(self, split='train', shuffle=True, seed=None, shard_info=None):
       return tf.data.Dataset.range(1).flat_map(lambda _: self.documents(split, shuffle, seed, shard_info).repeat())
 
+    def fingerprint(self, split):
+      """What tells these documents from others: the source's own word, or the names of its files."""
+      if hasattr(self._source, 'fingerprint'):
+        return self._source.fingerprint(split)
+      return fingerprint(os.path.basename(str(shard)) for shard in self._source.list_shards(split))
+
     def documents(self, split, shuffle, seed, shard_info):
       """One pass over the shard."""
       source, count = self._source, shard_info.num_shards
@@ -67,6 +75,14 @@ def _stream_source_class() -> type:
       return source.get_dataset(split=split, shuffle=shuffle, seed=self._common_seed).shard(count, shard_info.index)
 
   return StreamSource
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+  """A short name of a sequence of texts, another one for other texts or another order."""
+  digest = hashlib.sha256()
+  for text in texts:
+    digest.update(hashlib.sha256(text.encode()).digest())
+  return digest.hexdigest()[:16]
 
 
 def _stream_seed(seed: int, stream: int) -> int:
@@ -91,10 +107,26 @@ def _stream_mixture(data: DataConfig) -> Any:
   """The training mixture with sources that stream endlessly."""
   seqio = import_seqio()
   provider = mixtures.provider_for(data, data.mixture_or_task, data.train_split)
-  source_class = _stream_source_class()
-  tasks = [(task.replace(source=source_class(task.source, _stream_seed(data.seed, 2**31))), rate)
-           for task, rate in mixtures.tasks_with_rates(provider) if data.train_split in task.splits]
+  tasks = [(_stream_task(data, task), rate) for task, rate in mixtures.tasks_with_rates(provider)
+           if data.train_split in task.splits]
+  if isinstance(provider, seqio.Mixture):
+    return seqio.Mixture(provider.name, tasks, sample_fn=provider._sample_fn)  # pylint: disable=protected-access
   return seqio.Mixture(provider.name, tasks)
+
+
+def _stream_task(data: DataConfig, task: Any) -> Any:
+  """The task over a source that streams endlessly: its own or, with `use_cached`, its cached files."""
+  source, preprocessors = task.source, list(task.preprocessors)
+  if data.use_cached:
+    try:
+      source = task._get_cached_source(data.train_split)  # pylint: disable=protected-access
+    except Exception as error:  # There is no cache.
+      raise mixtures.read_error(task, error) from error
+    placeholder = import_seqio().CacheDatasetPlaceholder
+    step, = [i for i, part in enumerate(preprocessors) if isinstance(part, placeholder)]
+    preprocessors = preprocessors[step + 1:]
+  source = _stream_source_class()(source, _stream_seed(data.seed, 2**31))
+  return task.replace(source=source, preprocessors=preprocessors)
 
 
 def _stream_dataset(data: DataConfig, mixture: Any, stream: int) -> Any:
@@ -102,9 +134,13 @@ def _stream_dataset(data: DataConfig, mixture: Any, stream: int) -> Any:
   seqio = import_seqio()
   from openmoe_jax.feature_converters import decoder_converter
   seed, shard = _stream_seed(data.seed, stream), seqio.ShardInfo(stream, data.num_streams)
-  dataset = mixture.get_dataset(data.task_feature_lengths, split=data.train_split, use_cached=data.use_cached,
-                                shuffle=data.shuffle, seed=seed, shard_info=shard, num_epochs=None,
-                                trim_output_features=False, try_in_mem_cache=False)
+  try:
+    dataset = mixture.get_dataset(data.task_feature_lengths, split=data.train_split, shuffle=data.shuffle, seed=seed,
+                                  shard_info=shard, num_epochs=None, trim_output_features=False, try_in_mem_cache=False)
+  except ConfigError:
+    raise
+  except Exception as error:  # Shuffling that a task forbids, and whatever a source's reader raises.
+    raise mixtures.read_error(mixture, error) from error
   converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
   dataset = converter(dataset, data.task_feature_lengths)
   return dataset.batch(data.batch_size // data.num_streams, drop_remainder=True).prefetch(1).with_options(_options())
@@ -162,9 +198,9 @@ class TrainStreams:
     self._data = data
     self._num_microbatches = num_microbatches
     mixture = _stream_mixture(data)
-    if not data.use_cached:
-      for task in mixture.tasks:
-        _require_documents(task, data, ids)
+    for task in mixture.tasks:
+      _require_documents(task, data, ids)
+    self._documents = {f'documents of {task.name}': task.source.fingerprint(data.train_split) for task in mixture.tasks}
     self._datasets = {i: _stream_dataset(data, mixture, i) for i in ids}
     self._iterators = {}  # Made on first use, since `restore` and `skip` want others.
     self._batches = 0
@@ -199,7 +235,8 @@ class TrainStreams:
     data = self._data
     return dict(mixture_or_task=data.mixture_or_task, task_feature_lengths=dict(data.task_feature_lengths),
                 split=data.train_split, pack=data.pack, seed=data.seed, shuffle=data.shuffle,
-                num_streams=data.num_streams, batch_size=data.batch_size)
+                num_streams=data.num_streams, batch_size=data.batch_size, use_cached=data.use_cached,
+                **self._documents)
 
   def state(self) -> Dict[int, bytes]:
     """Each stream's position: exactly after the batches handed out, whatever is prefetched already."""
@@ -209,23 +246,21 @@ class TrainStreams:
     """Continues where `state` was taken, possibly by other processes; takes no longer than saving did.
 
     Raises:
-      ConfigError: a stream is missing, or the state is of other data settings.
+      ConfigError: a stream is missing, or the state is of other data settings or other documents; nothing is changed.
     """
     missing = [i for i in self.stream_ids if i not in state]
     require(not missing, f'the saved data position has no stream {missing}; it has {sorted(state)}')
-    positions = set()
-    for i in self.stream_ids:
-      iterator = iter(self._datasets[i])
-      positions.add(iterator_from_bytes(iterator, state[i], self._settings()))
-      self._iterators[i] = iterator
+    iterators = {i: iter(self._datasets[i]) for i in self.stream_ids}
+    positions = {iterator_from_bytes(iterators[i], state[i], self._settings()) for i in self.stream_ids}
     require(len(positions) == 1, f'the saved streams are not of the same step: batches {sorted(positions)}')
+    self._iterators = iterators
     self._batches = positions.pop()
 
   def skip(self, batches: int) -> None:
     """Goes `batches` ahead from the beginning of training by producing and dropping them."""
     require(self._batches == 0, 'skip works on fresh streams only')
-    self._iterators = {i: iter(self._datasets[i].skip(batches)) for i in self.stream_ids}
-    self._batches = batches
+    for _ in range(batches):
+      next(self)
 
 
 def batch_at(data: DataConfig, num_microbatches: int, step: int,
@@ -254,7 +289,9 @@ def batch_at(data: DataConfig, num_microbatches: int, step: int,
 
 
 def eval_sources(data: DataConfig) -> List[str]:
-  """The tasks of the evaluation mixture, each evaluated by itself."""
+  """The tasks of the evaluation mixture, each evaluated by itself; none if `eval_split` is ''."""
+  if not data.eval_split:
+    return []
   name = data.eval_mixture_or_task or data.mixture_or_task
   setting = f'DataConfig.{"eval_" if data.eval_mixture_or_task else ""}mixture_or_task'
   provider = mixtures.provider_for(data, name, data.eval_split, setting)

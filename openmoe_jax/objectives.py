@@ -94,6 +94,8 @@ def concatenate_documents(dataset: Dataset, documents: int = CONCATENATED_DOCUME
 def split_into_segments(dataset: Dataset, length: int) -> Dataset:
   """Cuts each example into segments of `length` tokens; the last one of an example may be shorter."""
 
+  require(length > 0, "DataConfig.task_feature_lengths['inputs'] is too short to hold a token beside the end of sequence")
+
   def segments(example):
     tokens = example['targets']
     count = (tf.size(tokens, out_type=tf.int64) + length - 1) // length
@@ -169,8 +171,11 @@ def corrupt_spans(dataset: Dataset, sequence_length: Lengths, output_features: F
   The prompt comes in front of the inputs and is not counted into the length of the segments.
   """
   vocabulary = output_features['inputs'].vocabulary
-  inputs_length = _length(sequence_length, 'inputs')
+  inputs_length, targets_length = _length(sequence_length, 'inputs'), _length(sequence_length, 'targets')
   lengths = span_lengths(inputs_length, density, mean_span)
+  require(lengths.targets <= targets_length, f"DataConfig.task_feature_lengths['targets'] = {targets_length} is too "
+          f'short: corrupting {density:.0%} of the text in spans of {mean_span} with inputs of {inputs_length} needs '
+          f'targets of {lengths.targets}')
   spans = max(int(round(int(round(lengths.segment * density)) / mean_span)), 1)
   require(spans <= vocabulary.extra_ids, f"DataConfig.task_feature_lengths['inputs'] = {inputs_length}: corrupting "
           f'{density:.0%} of the text in spans of {mean_span} needs {spans} sentinels, but DataConfig.extra_ids = '

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe_jax import checkpoints, command_line, launch, paths, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
-from openmoe_jax.config import RunConfig, require
+from openmoe_jax.config import ConfigError, RunConfig, require
 from openmoe_jax.evaluation import Evaluator
 from openmoe_jax.optimizers import make_optimizer, state_axes
 from openmoe_jax.partitioning import make_mesh, shardings, tree_shardings, validate_mesh
@@ -184,9 +184,9 @@ def _first_state(run: RunConfig, checkpointer: checkpoints.Checkpointer, templat
       say(f'checkpoint {step} is damaged and was moved to {run.model_dir}/{checkpoints.DAMAGED}: {reason}')
     say(f'resuming from checkpoint {restored.step}')
     if same_data:
-      streams.restore(restored.data_state)
-    else:
-      say('data settings changed: every data stream begins anew')
+      same_data = _restore_streams(run, streams, restored.data_state, say)
+    if not same_data:
+      say('the data changed: every data stream begins anew')
     return restored.state, restored.progress
   if run.checkpoint.initial_checkpoint_path:
     state, what = resume.warm_start(run, template, initialise)
@@ -194,6 +194,19 @@ def _first_state(run: RunConfig, checkpointer: checkpoints.Checkpointer, templat
     return state, {}
   say('starting from random parameters')
   return initialise(), {}
+
+
+def _restore_streams(run: RunConfig, streams: Any, data_state: Mapping[int, bytes], say: Callable[[str], None]) -> bool:
+  """Whether the streams could go on from their saved positions."""
+  try:
+    streams.restore(data_state)
+    return True
+  except ConfigError as error:
+    if not run.checkpoint.allow_setting_changes:
+      raise ConfigError(f'{error}; --gin.CheckpointConfig.allow_setting_changes=True goes on with the same parameters '
+                        'and data streams that begin anew') from error
+    say(str(error))
+    return False
 
 
 if __name__ == '__main__':

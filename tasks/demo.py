@@ -8,6 +8,7 @@ import functools
 from typing import Any, Optional
 
 from openmoe_jax import objectives, vocabulary
+from openmoe_jax.data import fingerprint
 from openmoe_jax.tasks import standard_library
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
 
@@ -35,6 +36,10 @@ class StandardLibrarySource(seqio.DataSource):
 
   def list_shards(self, split: str):
     return [split]
+
+  def fingerprint(self, split: str) -> str:
+    """Changes with the standard library's text, to which a saved data position belongs."""
+    return fingerprint(f'{document.file}\n{document.text}' for document in standard_library.documents(self._kind, split))
 
   def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: Optional[int] = None,
                   shard_info: Optional[Any] = None) -> Any:

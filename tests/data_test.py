@@ -356,7 +356,7 @@ def test_streams_of_the_rows_of_a_process(ranges, rows, streams, expected):
     (dict(module_imports=('no_such_module_of_tasks',)), "no module 'no_such_module_of_tasks'"),
     (dict(mixture_or_task='blank_text'), 'has no text for stream 0 of 4'),
     (dict(mixture_or_task='no_text'), 'has no text'),
-    (dict(mixture_or_task='absent_tfds'), 'data of task absent_tfds cannot be read .*no_such_dataset_anywhere'),
+    (dict(mixture_or_task='absent_tfds'), 'data of absent_tfds cannot be read .*no_such_dataset_anywhere'),
     (dict(mixture_or_task='broken_file'), 'broken_file'),
     (dict(mixture_or_task='numbers_plain', num_streams=64, batch_size=64), 'for stream 40 of 64'),
 ])
