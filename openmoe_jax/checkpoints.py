@@ -142,8 +142,9 @@ class Checkpointer:
     kept = [s for s in finished_steps(self.directory) if s != self._under_way]
     reason = 'the disk is full' if paths.is_disk_full(error) else one_line(error)
     remains = f'the newest complete checkpoint is step {kept[-1]}' if kept else 'there is no complete checkpoint yet'
+    advice = 'Make room and start' if paths.is_disk_full(error) else 'Start'
     return CheckpointError(f'checkpoint of step {self._under_way} could not be written to {self.directory}: {reason}; '
-                           f'{remains}. Make room and start the same command again.')
+                           f'{remains}. {advice} the same command again.')
 
   def restore(self, template: Any, streams: Iterable[int] = (), with_data: bool = True) -> Optional[Restored]:
     """The newest step that can be read, or None where there is no step at all.
@@ -180,10 +181,10 @@ class Checkpointer:
       return
     if jax.process_index() == 0:
       for step in damaged:
-        target = self._model_dir / DAMAGED / str(step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-          target.rmtree()
+        folder = self._model_dir / DAMAGED
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [str(step)] + [f'{step}_{i}' for i in range(2, len(paths.entries(folder)) + 3)]
+        target = folder / next(name for name in names if not (folder / name).exists())
         (self.directory / str(step)).rename(target)
     launch.barrier('openmoe_damaged_moved')
     self._manager.reload()
@@ -283,6 +284,7 @@ def read_step(directory: epath.Path, model: ModelConfig, template: Any, streams:
               with_data: bool = True) -> Tuple[Any, Dict[int, bytes], Dict[str, Any]]:
   """(state, {stream: position}, progress) of one step; see `Checkpointer.restore`."""
   progress = read_progress(directory)
+  read_config(directory)  # without it nobody could tell later what the step is of
   items = {item: read_item(directory, item, model, getattr(template, item), progress) for item in layout.ITEMS}
   data_state = read_streams(directory, streams if with_data else ())
   scalar = jax.device_put(np.asarray(progress['step'], np.int32), template.step.sharding)
@@ -330,7 +332,7 @@ def stored_shapes(folder: epath.Path) -> Dict[str, Tuple[int, ...]]:
   return {name: tuple(leaf.shape) for name, leaf in layout.flatten(tree, is_array).items()}
 
 
-def require_same_arrays(folder: Any, stored: Mapping[str, Tuple[int, ...]], wanted: layout.Flat) -> None:
+def require_same_arrays(folder: epath.Path, stored: Mapping[str, Tuple[int, ...]], wanted: layout.Flat) -> None:
   """Raises `ConfigError` naming every array that is missing, unknown or of another shape."""
   differences = []
   for name in sorted(set(stored) | set(wanted), key=lambda n: (n.count('/'), n)):
@@ -342,7 +344,8 @@ def require_same_arrays(folder: Any, stored: Mapping[str, Tuple[int, ...]], want
       differences.append(f'{name}: {list(stored[name])} in the checkpoint, {list(wanted[name].shape)} wanted')
   if differences:
     more = len(differences) - _MOST_DIFFERENCES
-    raise ConfigError(f'the checkpoint {folder} holds another model: ' + '; '.join(differences[:_MOST_DIFFERENCES]) +
+    what = 'the state of another optimizer (or model)' if folder.name == 'opt_state' else 'another model'
+    raise ConfigError(f'the checkpoint {folder} holds {what}: ' + '; '.join(differences[:_MOST_DIFFERENCES]) +
                       (f'; and {more} more' if more > 0 else ''))
 
 

@@ -115,9 +115,12 @@ def literal(value: Any) -> str:
 
 
 def run_main(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[Sequence[str]] = None) -> Any:
-  """Calls `main(argv)`; a `ConfigError` ends the process with one line on stderr and exit status 2."""
+  """Calls `main(argv)`; a `ConfigError` ends the process with one line on stderr and exit status 2, Ctrl-C with 130."""
   try:
     return main(argv)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
   except ConfigError as error:
     program = os.path.basename(sys.argv[0]).removesuffix('.py') or 'openmoe'
     print(f'{program}: error: {" ".join(str(error).split())}', file=sys.stderr)

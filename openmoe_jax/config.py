@@ -302,6 +302,8 @@ class OptimizerConfig:
                   'clipping_threshold', 'adam_b1', 'adam_b2', 'adam_epsilon', 'weight_decay', 'max_grad_norm')
     for name in ('adam_b1', 'adam_b2'):
       require(getattr(self, name) < 1, f'OptimizerConfig.{name} = {getattr(self, name)} must be below 1')
+    require(self.epsilon1 > 0, f'OptimizerConfig.epsilon1 = {self.epsilon1} must be positive: gradients that are 0 are '
+            'divided by its root')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -322,9 +322,12 @@ def eval_batches(data: DataConfig, source: str) -> Iterator[Batch]:
   options = _options()
   options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.WARN
   count = 0
-  for batch in dataset.with_options(options).as_numpy_iterator():
-    count += 1
-    yield {key: np.pad(value, [(0, rows - len(value)), (0, 0)]) for key, value in batch.items()}
+  try:
+    for batch in dataset.with_options(options).as_numpy_iterator():
+      count += 1
+      yield {key: np.pad(value, [(0, rows - len(value)), (0, 0)]) for key, value in batch.items()}
+  except tf.errors.OpError as error:
+    raise mixtures.read_error(provider, error) from error
   require(count > 0, f'{source} gives no examples in split {data.eval_split!r}')
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from openmoe_jax import data as data_lib
 from openmoe_jax import metrics as metrics_lib
-from openmoe_jax.config import RunConfig, require
+from openmoe_jax.config import RunConfig
 
 Record = Dict[str, Any]
 # Of the training metrics, those that say something about a trained model's routing.
@@ -37,33 +37,32 @@ def entropy(counts: np.ndarray) -> float:
 
 
 class Evaluator:
-  """Evaluates parameters on the validation split of every source; batches are read once and kept.
+  """Evaluates parameters on the validation split of every source; batches are read once, when it is made, and kept.
 
   Args:
     run: `run.data` names the sources and how many batches.
     mesh: devices.
     eval_step: of `train_step.make_eval_step`.
+
+  Raises:
+    ConfigError: the validation data cannot be read, or there are none.
   """
 
   def __init__(self, run: RunConfig, mesh: jax.sharding.Mesh, eval_step: Callable[[Any, Any], Any]):
     self._run = run
     self._mesh = mesh
     self._eval_step = eval_step
-    self.sources = list(data_lib.eval_sources(run.data))
-    self._kept: Dict[str, _Source] = {}
+    self._sources = {source: self._read(source) for source in data_lib.eval_sources(run.data)}
 
   def _read(self, source: str) -> _Source:
-    if source not in self._kept:
-      batches = list(data_lib.eval_batches(self._run.data, source))
-      require(batches, f'the {self._run.data.eval_split} split of {source} is empty')
-      counts = sum(target_counts(batch, self._run.model.vocab_size) for batch in batches)
-      self._kept[source] = _Source(batches, entropy(counts))
-    return self._kept[source]
+    batches = list(data_lib.eval_batches(self._run.data, source))
+    counts = sum(target_counts(batch, self._run.model.vocab_size) for batch in batches)
+    return _Source(batches, entropy(counts))
 
   def __call__(self, params: Any) -> Dict[str, Record]:
     """{source: {loss, accuracy, perplexity, unigram_entropy, num_target_tokens, ...}}; loss is cross-entropy in nats
     per target that is not padding, without auxiliary losses."""
-    return {source: self._evaluate(params, self._read(source)) for source in self.sources}
+    return {name: self._evaluate(params, source) for name, source in self._sources.items()}
 
   def _evaluate(self, params: Any, source: _Source) -> Record:
     total: Dict[str, np.ndarray] = {}

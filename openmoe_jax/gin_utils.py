@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import importlib.util  # gin 0.5.0 uses importlib.util without importing it
 import io
+import math
 import os
 import re
 import tokenize
@@ -132,7 +133,7 @@ def read_literal(text: str) -> Any:
     value = parser.parse_value()
     if not list(_parts(value, Unsupported)) and parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
       return value
-  except (SyntaxError, ValueError, tokenize.TokenError, StopIteration):
+  except (SyntaxError, ValueError, TypeError, tokenize.TokenError, StopIteration):
     pass
   return text
 
@@ -208,6 +209,8 @@ class _Statements:
       raise ConfigError(f'{place}cannot be read as gin: {_explain(error)}') from error
     except (tokenize.TokenError, StopIteration) as error:
       raise ConfigError(f'{where}cannot be read as gin: a bracket or a string is not closed') from error
+    except TypeError as error:  # a list as the key of a dictionary
+      raise ConfigError(f'{where}cannot be read as gin: {error}') from error
 
   def read_binding(self, binding: str) -> None:
     """Reads 'NAME=VALUE' of the command line."""
@@ -343,11 +346,14 @@ def _exists(path: str) -> bool:
 
 
 def _read(path: str) -> str:
-  if '://' in path:
-    from etils import epath
-    return epath.Path(path).read_text()
-  with open(path, encoding='utf-8') as file:
-    return file.read()
+  try:
+    if '://' in path:
+      from etils import epath
+      return epath.Path(path).read_text()
+    with open(path, encoding='utf-8') as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f'gin file {path} cannot be read: {error}') from error
 
 
 def coerce(name: str, value: Any, kind: Any, setting: Setting) -> Any:
@@ -363,7 +369,7 @@ def coerce(name: str, value: Any, kind: Any, setting: Setting) -> Any:
   typed = setting.text is not None
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
   origin = typing.get_origin(kind)
-  if kind is int and number and value == int(value):
+  if kind is int and number and math.isfinite(value) and value == int(value):
     return int(value)
   if kind is float and number:
     return float(value)
@@ -389,9 +395,10 @@ def coerce(name: str, value: Any, kind: Any, setting: Setting) -> Any:
 
 
 def _read_mapping(text: str) -> Any:
-  """'{inputs: 512, targets: 512}', with or without braces and quotes, as a dictionary; anything else unchanged."""
-  pairs = [part.partition(':') for part in text.strip('{} ').split(',') if part.strip()]
-  if not all(colon and key.strip() for key, colon, _ in pairs):
+  """'{inputs: 512, targets: 512}', with or without braces and quotes, or with = for :, as a dictionary; anything else
+  unchanged."""
+  pairs = [part.replace('=', ':').partition(':') for part in text.strip('{} ').split(',') if part.strip()]
+  if not all(colon and key.strip() for key, colon, _ in pairs) or len({key.strip() for key, _, _ in pairs}) < len(pairs):
     return text
   return {key.strip(' \'"'): read_literal(value.strip()) for key, _, value in pairs}
 

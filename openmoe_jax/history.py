@@ -41,7 +41,7 @@ class History:
     if not self._write or not self._file.exists():
       return
     kept = ''.join(json.dumps(r) + '\n' for r in read(self._file) if r['step'] <= step)
-    if kept != self._file.read_text():
+    if kept != _text(self._file):
       paths.write_text(self._file, kept)
 
   def append(self, record: Mapping[str, Any]) -> None:
@@ -63,12 +63,17 @@ class History:
 
 
 def read(file: paths.PathLike) -> List[Record]:
-  """The records of a file; a last line that was cut off by a crash is left out."""
-  file = paths.path(file)
+  """The records of a file; a line that was cut off by a crash, or is no record for another reason, is left out."""
   records = []
-  for line in file.read_text().splitlines() if file.exists() else ():
+  for line in _text(paths.path(file)).splitlines():
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError:
       continue
+    if isinstance(record, dict) and isinstance(record.get('step'), int) and 'kind' in record:
+      records.append(record)
   return records
+
+
+def _text(file: Any) -> str:
+  return file.read_bytes().decode('utf-8', 'replace') if file.exists() else ''

@@ -75,6 +75,7 @@ def inspect(run: RunConfig, length: int = 0, num_devices: int = 0) -> Dict[str, 
   from openmoe_jax import partitioning
   from openmoe_jax.analysis import flops, memory
   from openmoe_jax.analysis.parameters import count_parameters
+  require(length >= 0 and num_devices >= 0, f'--length={length} and --num_devices={num_devices} must not be negative')
   model = run.model
   length = length or run.data.row_length or DEFAULT_LENGTH
   microbatch = run.data.batch_size // run.train.num_microbatches

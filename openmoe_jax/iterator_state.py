@@ -30,6 +30,12 @@ def iterator_to_bytes(iterator: Any, batches: int, settings: Mapping[str, Any]) 
   return buffer.getvalue()
 
 
+def batches_before(state: bytes) -> int:
+  """The number of batches that were read before this position, since the stream began."""
+  with zipfile.ZipFile(io.BytesIO(state)) as archive:
+    return json.loads(archive.read('header.json'))['batches']
+
+
 def iterator_from_bytes(iterator: Any, state: bytes, settings: Mapping[str, Any]) -> int:
   """Moves a new `iterator` to the saved position and returns the number of batches before it.
 
@@ -43,8 +49,9 @@ def iterator_from_bytes(iterator: Any, state: bytes, settings: Mapping[str, Any]
       require(header['format'] == _FORMAT, f'the saved data position has format {header["format"]}; this '
               f'version of openmoe_jax reads format {_FORMAT}')
       saved = header['settings']
-      changed = [f'{key}: {saved.get(key)!r} then, {value!r} now' for key, value in settings.items()
-                 if saved.get(key) != value]
+      # What an older version did not write down counts as unchanged.
+      changed = [f'{key}: {saved[key]!r} then, {value!r} now' for key, value in settings.items()
+                 if key in saved and saved[key] != value]
       require(not changed, 'the saved data position is of other data settings (' + '; '.join(changed) + ')')
       archive.extractall(folder)
     try:

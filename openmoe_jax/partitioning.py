@@ -5,6 +5,7 @@ optimizer, a checkpoint, a converter) can find them without the model.
 """
 
 import math
+import os
 from typing import Any, Mapping, Optional, Sequence, Tuple
 
 import jax
@@ -136,9 +137,8 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
   if devices is None:
     try:
       devices = jax.devices(config.platform or None)
-    except RuntimeError as error:
-      raise ConfigError(f"MeshConfig.platform = '{config.platform}' was asked for, but JAX finds only "
-                        f"'{jax.default_backend()}' ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS names a platform that is not there
+      raise ConfigError(_no_devices(config.platform, error)) from error
   count, rest = len(devices), config.expert * config.model
   data = config.data if config.data > 0 else max(count // rest, 1)
   require(data * rest == count, f'MeshConfig data x expert x model = {data} x {config.expert} x {config.model} = '
@@ -147,6 +147,16 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
   if devices[0].platform == 'tpu':  # topology-aware order, so that neighbours in the mesh are neighbours in the torus
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
   return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _no_devices(platform: str, error: BaseException) -> str:
+  reason = (str(error) or type(error).__name__).splitlines()[0]
+  asked = f"MeshConfig.platform = '{platform}'" if platform else f'JAX_PLATFORMS = {os.environ.get("JAX_PLATFORMS", "")!r}'
+  try:
+    found = f"only '{jax.default_backend()}'"
+  except (RuntimeError, AssertionError):
+    found = 'no such device'
+  return f'{asked} was asked for, but JAX finds {found} ({reason}); see openmoe-inspect --environment'
 
 
 def _mesh_advice(count: int, rest: int) -> str:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from typing import List, Optional, Union
 
 from etils import epath
@@ -26,7 +27,7 @@ def is_local(name: PathLike) -> bool:
 def entries(directory: PathLike) -> List[str]:
   """Sorted names of what lies in a folder; empty where there is no folder."""
   directory = path(directory)
-  if not directory.exists():
+  if not directory.is_dir():
     return []
   return sorted(p.name for p in directory.iterdir())
 
@@ -50,6 +51,19 @@ def append_text(file: PathLike, text: str) -> None:
   """Appends to a file, which is made where it is missing."""
   with path(file).open('a') as stream:
     stream.write(text)
+
+
+def require_writable(directory: PathLike) -> None:
+  """Raises `OSError` if a local folder, which need not exist yet, cannot be written to."""
+  if not is_local(directory):
+    return
+  folder = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+  while not os.path.lexists(folder):
+    folder = os.path.dirname(folder)
+  if not os.path.isdir(folder):
+    raise NotADirectoryError(f'{folder} is not a folder')
+  with tempfile.TemporaryFile(dir=folder):
+    pass
 
 
 def free_bytes(directory: PathLike) -> Optional[int]:

@@ -1,13 +1,14 @@
 """Looks at one training step again: its batch as text, its loss and its routing (`openmoe-train --replay_step=N`)."""
 
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, Callable, List, Mapping, Tuple
 
 from etils import epath
 import jax
 import numpy as np
 
 from openmoe_jax import checkpoints, data, metrics as metrics_lib, paths, resume, vocabulary
-from openmoe_jax.config import RunConfig, require
+from openmoe_jax.config import ConfigError, RunConfig, require
+from openmoe_jax.iterator_state import batches_before
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.partitioning import make_mesh, tree_shardings, validate_mesh
 from openmoe_jax.train_state import init_params
@@ -28,17 +29,17 @@ def replay(run: RunConfig, step: int) -> str:
     ConfigError: no such step, or settings that differ from the run's.
   """
   require(jax.process_count() == 1, '--replay_step works in one process')
-  require(step >= 1, f'--replay_step={step}: the first step is 1')
+  require(1 <= step <= run.train.train_steps, f'--replay_step={step}: the first step is 1, the last one '
+          f'{run.train.train_steps}')
   steps = resume.claim_model_dir(run)
   folder = paths.path(run.model_dir) / checkpoints.CHECKPOINTS
   for saved in steps[-1:]:
-    resume.check_changes(checkpoints.read_config(folder / str(saved)), run, run.model_dir)
+    resume.check_changes(_read(saved, lambda: checkpoints.read_config(folder / str(saved))), run, run.model_dir)
   mesh = make_mesh(run.mesh)
   validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches)
   vocabulary.configure(run.data.vocabulary, run.data.extra_ids)
   vocabulary.check_fits(run.model.vocab_size)
-  before = max((s for s in steps if s < step), default=None)
-  batch = data.batch_at(run.data, run.train.num_microbatches, step - 1, _position(run, folder, before))
+  batch = _batch(run, folder, steps, step)
   params, whose = _parameters(run, mesh, folder, steps, step)
   lines = [f'step {step}: {run.data.batch_size} rows of {run.data.row_length} tokens, '
            f'num_microbatches = {run.train.num_microbatches}']
@@ -48,11 +49,33 @@ def replay(run: RunConfig, step: int) -> str:
   return '\n'.join(lines)
 
 
-def _position(run: RunConfig, folder: epath.Path, step: Optional[int]) -> Optional[Mapping[int, bytes]]:
-  """The data position saved at `step`, or None to read from the beginning."""
-  if step is None:
-    return None
-  return checkpoints.read_streams(folder / str(step), range(run.data.num_streams))
+def _read(step: int, read: Callable[[], Any]) -> Any:
+  """What `read` gives; whatever it raises for a damaged checkpoint becomes one line."""
+  try:
+    return read()
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise checkpoints.CheckpointError(f'checkpoint {step} cannot be read: {checkpoints.one_line(error)}') from error
+
+
+def _batch(run: RunConfig, folder: epath.Path, steps: List[int], step: int) -> Mapping[str, np.ndarray]:
+  """The batch of a step: counted from the nearest saved position before it, since a run need not begin with step 1 nor
+  with the first batch (a warm start, data that were changed)."""
+  def position(saved):
+    streams = _read(saved, lambda: checkpoints.read_streams(folder / str(saved), range(run.data.num_streams)))
+    return streams, batches_before(streams[0])
+
+  earlier, later = [s for s in steps if s < step], [s for s in steps if s >= step]
+  state = None
+  if earlier:
+    state, batches = position(earlier[-1])
+    batches += step - 1 - earlier[-1]
+  else:
+    began = later[0] - position(later[0])[1] if later else resume.first_step(run)
+    batches = step - 1 - began
+    require(batches >= 0, f'--replay_step={step}: the run in {run.model_dir} began after step {began}')
+  return data.batch_at(run.data, run.train.num_microbatches, batches, state)
 
 
 def _parameters(run: RunConfig, mesh: jax.sharding.Mesh, folder: epath.Path, steps: List[int], step: int
@@ -67,7 +90,7 @@ def _parameters(run: RunConfig, mesh: jax.sharding.Mesh, folder: epath.Path, ste
     return params, 'with the random parameters that a new run begins with'
   chosen = earlier[-1] if earlier else later[0]
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-  params = checkpoints.read_item(folder / str(chosen), 'params', run.model, template)
+  params = _read(chosen, lambda: checkpoints.read_item(folder / str(chosen), 'params', run.model, template))
   if chosen == step - 1:
     return params, f'with the parameters of checkpoint {chosen}, the very ones of this step'
   return params, (f'with the parameters of checkpoint {chosen}, the nearest that is kept (those of the step itself would '

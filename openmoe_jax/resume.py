@@ -3,8 +3,12 @@
 Priority: a checkpoint in model_dir always wins; then `initial_checkpoint_path`; then random parameters.
 """
 
+import contextlib
+import fcntl
 import json
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+import os
+import socket
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import jax
 import numpy as np
@@ -22,6 +26,7 @@ CONFIG_FILE = 'config.json'
 # What this program writes into a model_dir.
 OWN_NAMES = (CONFIG_FILE, checkpoints.CHECKPOINTS, checkpoints.DAMAGED, 'metrics.jsonl', 'tensorboard', 'loss.png',
              'expert_load.png')
+_LOCK_FILE = '.lock'
 # What shells, disks and file browsers leave in an otherwise empty folder.
 _INNOCENT = ('lost+found', 'nohup.out')
 _INNOCENT_ENDINGS = ('.log', '.txt', '.out', '.err')
@@ -77,6 +82,10 @@ def check_changes(saved: Mapping[str, Any], run: RunConfig, where: Any) -> Tuple
   """
   different = changes(saved, run)
   lines = [f'{name}: {old!r} -> {new!r}' for name, (old, new) in different.items() if name not in _SILENT]
+  schedule = run.optimizer
+  if 'train.train_steps' in different and not schedule.decay_steps and '_decay' in schedule.schedule.replace('rsqrt_', ''):
+    lines.append('the learning rate falls until the end of the run, so it is another one from now on; '
+                 'OptimizerConfig.decay_steps would keep the schedule')
   deciding = [name for name in different if not is_harmless(name)]
   if deciding and not run.checkpoint.allow_setting_changes:
     text = ', '.join(f'{name} was {different[name][0]!r}, is {different[name][1]!r}' for name in deciding)
@@ -98,14 +107,79 @@ def claim_model_dir(run: RunConfig) -> List[int]:
   """
   require(run.model_dir != '', 'model_dir is empty: give --model_dir=DIR')
   directory = paths.path(run.model_dir)
-  require(not directory.exists() or directory.is_dir(), f'model_dir = {run.model_dir!r} is a file')
-  names = paths.entries(directory)
-  foreign = [n for n in names if n not in OWN_NAMES + _INNOCENT and not n.startswith('.')
-             and not n.endswith(_INNOCENT_ENDINGS)]
-  require(not foreign or CONFIG_FILE in names, f'model_dir = {run.model_dir!r} holds files of something else '
-          f'({", ".join(foreign[:4])}{", ..." if len(foreign) > 4 else ""}) and no {CONFIG_FILE} of a run; '
-          'give an empty or new folder')
-  return checkpoints.finished_steps(directory / checkpoints.CHECKPOINTS)
+  try:
+    require(not directory.exists() or directory.is_dir(), f'model_dir = {run.model_dir!r} is a file')
+    if not _is_run(directory):
+      foreign = _foreign_names(directory)
+      require(not foreign, f'model_dir = {run.model_dir!r} holds files of something else ({", ".join(foreign[:4])}'
+              f'{", ..." if len(foreign) > 4 else ""}) and no {CONFIG_FILE} of a run; give an empty or new folder')
+    return checkpoints.finished_steps(directory / checkpoints.CHECKPOINTS)
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever a disk, or the client library of a bucket, raises
+    raise ConfigError(f'model_dir = {run.model_dir!r} cannot be used: {checkpoints.one_line(error)}') from error
+
+
+def _is_run(directory: Any) -> bool:
+  """Whether the folder's config.json was written by this program."""
+  file = directory / CONFIG_FILE
+  if not file.exists():
+    return False
+  try:
+    content = json.loads(file.read_text())
+  except ValueError:
+    return False
+  return isinstance(content, dict) and {'model', 'data', 'train', 'checkpoint'} <= set(content)
+
+
+def _foreign_names(directory: Any) -> List[str]:
+  """What lies in a folder without a config.json of ours and is not ours either."""
+  known = tuple(name for name in OWN_NAMES if name != CONFIG_FILE) + _INNOCENT
+  foreign = [name for name in paths.entries(directory) if name not in known and not name.startswith('.')
+             and not name.endswith(_INNOCENT_ENDINGS)]
+  folder = directory / checkpoints.CHECKPOINTS
+  if folder.exists() and not folder.is_dir():
+    return foreign + [f'the file {checkpoints.CHECKPOINTS}']
+  steps = paths.entries(folder)
+  return foreign + [f'{checkpoints.CHECKPOINTS}/{name}' for name in steps if not name.split('.')[0].isdigit()]
+
+
+@contextlib.contextmanager
+def hold_model_dir(run: RunConfig) -> Iterator[None]:
+  """Keeps a second run out of model_dir, where it would delete the checkpoint that this one is writing.
+
+  A lock of the operating system on a file in the folder: it is gone with the process, however that ends. Folders that
+  cannot be locked (gs://, some network disks) are not guarded.
+
+  Raises:
+    ConfigError: another process holds it.
+  """
+  file = paths.path(run.model_dir) / _LOCK_FILE
+  if jax.process_index() or not paths.is_local(run.model_dir):
+    yield
+    return
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with open(file, 'a+', encoding='utf-8') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      lock.seek(0)
+      raise ConfigError(f'model_dir = {run.model_dir!r} is in use by another process ({lock.read().strip()}); stop that '
+                        'one, or give another model_dir') from error
+    except OSError:
+      pass  # not a disk that can lock
+    lock.truncate(0)
+    lock.write(f'pid {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+    yield
+
+
+def first_step(run: RunConfig) -> int:
+  """The step counter that a run without a checkpoint of its own begins with."""
+  settings = run.checkpoint
+  if not settings.initial_checkpoint_path or settings.restore != 'full' or settings.reset_step:
+    return 0
+  return checkpoints.read_progress(checkpoints.resolve(settings.initial_checkpoint_path))['step']
 
 
 def write_config(run: RunConfig) -> None:
@@ -163,7 +237,11 @@ def warm_start(run: RunConfig, template: Any, initialise: Callable[[], Any]) -> 
 
 
 def check_room(run: RunConfig, template: Any) -> None:
-  """Raises `ConfigError` where not even one checkpoint of this state can fit on the disk of model_dir."""
+  """Raises `ConfigError` where nothing can be written to model_dir, or not even one checkpoint of this state fits there."""
+  try:
+    paths.require_writable(run.model_dir)
+  except OSError as error:
+    raise ConfigError(f'model_dir = {run.model_dir!r} cannot be written to: {error}') from error
   free, needed = paths.free_bytes(run.model_dir), layout.nbytes(template)
   if free is not None:
     require(free >= needed, f'the disk of model_dir = {run.model_dir!r} has {paths.human_bytes(free)} left; one '

@@ -57,6 +57,8 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   except (checkpoints.CheckpointError, TrainingError) as error:
     _fail(str(error))
   except Exception as error:
+    if isinstance(error, OSError) and str(error.filename or '').startswith(str(paths.path(run.model_dir))):
+      _fail(f'{error.strerror}: {error.filename}; is the disk still there, and was model_dir moved or removed?')
     if not paths.is_disk_full(error):
       raise
     kept = checkpoints.finished_steps(paths.path(run.model_dir) / checkpoints.CHECKPOINTS)
@@ -76,7 +78,7 @@ def train(run: RunConfig) -> None:
   Raises:
     ConfigError: a mistake in the settings, before anything is compiled or written.
     CheckpointError: a checkpoint cannot be written, or none can be read.
-    TrainingError: loss or gradients are no longer finite.
+    TrainingError: loss, gradients or parameters are no longer finite.
   """
   started = time.monotonic()
   steps_there = resume.claim_model_dir(run)
@@ -104,26 +106,26 @@ def train(run: RunConfig) -> None:
   for note in notes:
     progress.say(f'changed since the last checkpoint: {note}')
 
-  checkpointer = checkpoints.Checkpointer(run)
-  state, saved = _first_state(run, checkpointer, template, initialise, streams, same_data, progress.say)
-  resume.write_config(run)
-  writers = Writers(run.model_dir, run.model, write=primary)
-  writers.begin(int(state.step))
-  writers.text(int(state.step), {'config': command_line.format_config(run)})
-
+  to_global = lambda batch: data.to_global(batch, mesh, stream_ids=streams.stream_ids, num_streams=run.data.num_streams)
   train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, seed=run.train.seed,
                                schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
-  to_global = lambda batch: data.to_global(batch, mesh, stream_ids=streams.stream_ids, num_streams=run.data.num_streams)
-  loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress)
-  try:
-    state = loop.run(state, saved)
-  except BaseException:
-    for part in (writers, checkpointer):  # what is under way is finished if it can be; the first error counts
-      with contextlib.suppress(Exception):
-        part.close()
-    raise
-  writers.close()
-  checkpointer.close()
+  with resume.hold_model_dir(run):
+    checkpointer = checkpoints.Checkpointer(run)
+    state, saved = _first_state(run, checkpointer, template, initialise, streams, same_data, progress.say)
+    resume.write_config(run)
+    writers = Writers(run.model_dir, run.model, write=primary)
+    writers.begin(int(state.step))
+    writers.text(int(state.step), {'config': command_line.format_config(run)})
+    loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress)
+    try:
+      state = loop.run(state, saved)
+    except BaseException:
+      for part in (writers, checkpointer):  # what is under way is finished if it can be; the first error counts
+        with contextlib.suppress(Exception):
+          part.close()
+      raise
+    writers.close()
+    checkpointer.close()
 
   if run.train.plots and primary:
     from openmoe_jax.analysis import plots
@@ -138,6 +140,9 @@ def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
   validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches)
   shards = mesh.shape['data'] * mesh.shape['expert']
   eval_rows = run.data.eval_batch_size or run.data.batch_size
+  tokens, replicas = run.data.batch_size // run.train.num_microbatches * run.data.row_length, run.model.num_expert_replicas
+  require(replicas == 1 or replicas * run.model.num_experts <= tokens, f'ModelConfig.num_expert_replicas = {replicas} '
+          f'asks for at least {replicas * run.model.num_experts} groups, more than a microbatch has tokens ({tokens})')
   require(eval_rows % shards == 0, f'DataConfig.eval_batch_size = {eval_rows} must be a multiple of MeshConfig data x '
           f'expert = {shards}')
 
@@ -183,6 +188,9 @@ def _first_state(run: RunConfig, checkpointer: checkpoints.Checkpointer, templat
     for step, reason in restored.damaged.items():
       say(f'checkpoint {step} is damaged and was moved to {run.model_dir}/{checkpoints.DAMAGED}: {reason}')
     say(f'resuming from checkpoint {restored.step}')
+    if restored.damaged:  # the settings were compared with those of a newer one
+      directory = paths.path(run.model_dir) / checkpoints.CHECKPOINTS / str(restored.step)
+      _, same_data = resume.check_changes(checkpoints.read_config(directory), run, run.model_dir)
     if same_data:
       same_data = _restore_streams(run, streams, restored.data_state, say)
     if not same_data:

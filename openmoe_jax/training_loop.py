@@ -4,6 +4,7 @@ import time
 from typing import Any, Callable, Dict, Mapping, Optional
 
 import jax
+import jax.numpy as jnp
 
 from openmoe_jax import launch
 from openmoe_jax.checkpoints import Checkpointer
@@ -42,6 +43,7 @@ class TrainingLoop:
     self._progress = progress
     self._window = MetricWindow()
     self._evaluated = -1  # the last step after which there was an evaluation
+    self._finite = jax.jit(lambda tree: jnp.all(jnp.asarray([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])))
 
   def run(self, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
     """Trains until the last step or until asked to stop; the final state is saved either way.
@@ -116,19 +118,23 @@ class TrainingLoop:
     self._progress.clock.tick()
     broken = not_finite(values)
     if broken and self._run.train.stop_on_nan:
-      kept = self._checkpointer.steps()
-      self._writers.flush()
-      raise TrainingError(
-          f'{broken} is {float(values[broken])} at step {step}: training stopped. ' +
-          (f'Checkpoint {kept[-1]} is kept. ' if kept else 'There is no checkpoint yet. ') +
-          f'--replay_step={step} shows the batch of that step; a lower learning rate, OptimizerConfig.max_grad_norm or '
-          "dtype 'float32' may help; --gin.TrainConfig.stop_on_nan=False goes on regardless.")
+      self._stop(step, f'{broken} is {float(values[broken])}')
     self._window.add(values)
     logged = self._due(self._run.train.log_period, step)
     if logged:
       self._log(step)
       self._window.restart()
     self._progress.update(step, values, logged)
+
+  def _stop(self, step: int, what: str) -> None:
+    """Raises `TrainingError`: training broke down at this step, in the way that `what` says."""
+    kept = self._checkpointer.steps()
+    self._writers.flush()
+    raise TrainingError(
+        f'{what} at step {step}: training stopped. ' +
+        (f'Checkpoint {kept[-1]} is kept. ' if kept else 'There is no checkpoint yet. ') +
+        f'--replay_step={step} shows the batch of that step; a lower learning rate, OptimizerConfig.max_grad_norm or '
+        "dtype 'float32' may help; --gin.TrainConfig.stop_on_nan=False goes on regardless.")
 
   def _tokens(self, step: int) -> int:
     return step * self._run.data.batch_size * self._run.data.row_length
@@ -137,13 +143,21 @@ class TrainingLoop:
     self._writers.train(step, {'tokens': self._tokens(step), **self._window.means(), **self._progress.rates()})
 
   def _evaluate(self, step: int, state: TrainState) -> None:
-    for source, record in self._evaluator(state.params).items():
+    try:
+      evaluation = self._evaluator(state.params)
+    except Exception:
+      self._save(step, state, wait=True)  # the steps since the last checkpoint are not lost with it
+      raise
+    for source, record in evaluation.items():
       self._writers.evaluation(step, source, {'tokens': self._tokens(step), **record})
       self._progress.say(f'validation at step {step}: {describe_evaluation(source, record)}')
     self._evaluated = step
 
   def _save(self, step: int, state: TrainState, wait: bool = False) -> None:
     self._writers.flush()  # no checkpoint is ahead of its history
+    # The metrics are of the state before a step: an update that broke down would show after it was saved.
+    if self._run.train.stop_on_nan and not self._finite((state.params, state.opt_state)):
+      self._stop(step, 'an update of the parameters or the optimizer state is not finite')
     progress = {'window': self._window.state(), 'evaluated': self._evaluated}
     self._checkpointer.save(state, self._streams.state(), progress, wait)
 

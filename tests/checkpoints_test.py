@@ -171,6 +171,8 @@ DAMAGE = {
     'a flipped bit in a data position': lambda step: flip(step / 'data' / 'stream_00003'),
     'a data position lost': lambda step: (step / 'data' / 'stream_00003').unlink(),
     'config lost': lambda step: shutil.rmtree(step / 'config'),
+    'config.json lost': lambda step: (step / 'config' / 'config.json').unlink(),
+    'config.json cut short': lambda step: (step / 'config' / 'config.json').write_text('{"model": {'),
     'metadata emptied': lambda step: (step / 'params' / '_METADATA').write_text(''),
     'an empty folder': lambda step: (shutil.rmtree(step), step.mkdir()),
 }
@@ -190,6 +192,16 @@ def test_a_damaged_newest_step_falls_back_and_says_so(saved, tmp_path, kind):
   assert checkpointer.steps() == [1, 2]
   checkpointer.save(states[3], STREAMS, wait=True)  # the step that was damaged can be written again
   assert checkpointer.restore(template).step == 3
+
+
+def test_a_step_damaged_twice_is_kept_twice(saved, tmp_path):
+  run, template, states = copy(saved, tmp_path)
+  for _ in range(2):
+    (pathlib.Path(run.model_dir) / 'checkpoints' / '3' / 'config' / 'config.json').unlink()
+    checkpointer = Checkpointer(run)
+    assert checkpointer.restore(template).step == 2
+    checkpointer.save(states[3], STREAMS, wait=True)
+  assert sorted(p.name for p in (pathlib.Path(run.model_dir) / 'damaged').iterdir()) == ['3', '3_2']
 
 
 def test_when_all_are_damaged_nothing_is_changed(saved, tmp_path):
@@ -212,7 +224,7 @@ def test_another_models_shapes_are_an_error_by_name_and_never_skipped(saved, tmp
   run, _, _ = copy(saved, tmp_path)
   other, template, _ = make(tmp_path, **changes)
   checkpointer = Checkpointer(dataclasses.replace(other, model_dir=run.model_dir))
-  with pytest.raises(ConfigError, match='holds another model') as error:
+  with pytest.raises(ConfigError, match='holds (another model|the state of another optimizer)') as error:
     checkpointer.restore(template)
   assert re.search(message, str(error.value)), error.value
   assert checkpointer.steps() == [1, 2, 3]

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -82,3 +87,63 @@ def test_model_dir_of_something_else_is_refused(tmp_path):
     resume.claim_model_dir(dataclasses.replace(run, model_dir=str(tmp_path / 'thesis.tex')))
   with pytest.raises(ConfigError, match='model_dir is empty'):
     resume.claim_model_dir(dataclasses.replace(run, model_dir=''))
+
+
+@pytest.mark.parametrize('name, content', [
+    ('config.json', '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'), ('config.json', '[1, 2'),
+    ('checkpoints/epoch_1/last.ckpt', 'weights'), ('checkpoints', 'a file')])
+def test_a_folder_that_only_looks_like_a_run_is_left_alone(tmp_path, name, content):
+  """A Hugging Face model has a config.json too, and other trainers have checkpoints."""
+  (tmp_path / 'weights.safetensors').write_text('weights')
+  if name.startswith('checkpoints'):
+    (tmp_path / 'weights.safetensors').unlink()
+  file = tmp_path / name
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(content)
+  run = tiny_run.tiny_run(tmp_path)
+  with pytest.raises(ConfigError, match='holds files of something else'):
+    resume.claim_model_dir(run)
+  assert file.read_text() == content
+
+
+def test_folders_that_cannot_be_made_are_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'link').symlink_to(tmp_path / 'nowhere' / 'else')
+  for name in ('file/run', 'link/run', 'link'):
+    run = tiny_run.tiny_run(tmp_path / name)
+    with pytest.raises(ConfigError, match='cannot be (used|written to)') as error:
+      resume.claim_model_dir(run)
+      resume.check_room(run, {})
+    assert '\n' not in str(error.value)
+
+
+def test_one_run_at_a_time(tmp_path):
+  """The second is told who holds the folder; kill -9 lets go of it."""
+  run = tiny_run.tiny_run(tmp_path / 'run')
+  holder = subprocess.Popen([sys.executable, '-c', textwrap.dedent('''
+      import sys, time, tiny_run
+      from openmoe_jax import resume
+      with resume.hold_model_dir(tiny_run.tiny_run(sys.argv[1])):
+        print('held', flush=True)
+        time.sleep(600)
+  '''), run.model_dir], env=tiny_run.environment(), stdout=subprocess.PIPE, text=True)
+  try:
+    assert holder.stdout.readline() == 'held\n'
+    with pytest.raises(ConfigError, match=f'in use by another process .pid {holder.pid} on '):
+      with resume.hold_model_dir(run):
+        pass
+  finally:
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+  for _ in range(2):
+    with resume.hold_model_dir(run):
+      pass
+
+
+def test_a_stretched_schedule_is_said(tmp_path):
+  decaying = dict(optimizer=dict(schedule='constant * linear_decay'))
+  run = tiny_run.tiny_run(tmp_path, **decaying)
+  lines, _ = resume.check_changes(saved(run), tiny_run.tiny_run(tmp_path, train=dict(train_steps=99), **decaying), tmp_path)
+  assert len(lines) == 2 and 'decay_steps would keep the schedule' in lines[1]
+  run = tiny_run.tiny_run(tmp_path)
+  assert len(resume.check_changes(saved(run), tiny_run.tiny_run(tmp_path, train=dict(train_steps=99)), tmp_path)[0]) == 1

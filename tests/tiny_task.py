@@ -6,6 +6,7 @@ from openmoe_jax import vocabulary
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
 
 NAME = 'tiny_task'
+BROKEN = 'tiny_broken_validation'
 _WORDS = ('def return import for in while class self None print value index of the module function object if not else '
           'string number list is a this that with from error').split()
 
@@ -22,14 +23,21 @@ def _dataset(split, shuffle_files, seed=None):
   return dataset.shuffle(200, seed=seed) if shuffle_files else dataset
 
 
+def _broken_validation(split, shuffle_files, seed=None):
+  """The files of the validation split turn out to be missing when they are read."""
+  if split == 'train':
+    return _dataset(split, shuffle_files, seed)
+  return import_tensorflow().data.TextLineDataset('/no/such/file.txt').map(lambda line: {'targets': line})
+
+
 def register() -> None:
   seqio = import_seqio()
-  if NAME in seqio.TaskRegistry.names():
-    return
-  seqio.TaskRegistry.add(
-      NAME, source=seqio.FunctionDataSource(_dataset, splits=('train', 'validation')),
-      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-      output_features={'targets': seqio.Feature(vocabulary.shared(), add_eos=True)})
+  for name, dataset in ((NAME, _dataset), (BROKEN, _broken_validation)):
+    if name not in seqio.TaskRegistry.names():
+      seqio.TaskRegistry.add(
+          name, source=seqio.FunctionDataSource(dataset, splits=('train', 'validation')),
+          preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+          output_features={'targets': seqio.Feature(vocabulary.shared(), add_eos=True)})
 
 
 register()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -50,7 +51,7 @@ def test_a_run_leaves_everything_behind(finished):
   run, text = finished
   folder = pathlib.Path(run.model_dir)
   assert {'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'loss.png', 'expert_load.png'} == {
-      p.name for p in folder.iterdir()}
+      p.name for p in folder.iterdir() if not p.name.startswith('.')}
   assert checkpoints.finished_steps(folder / 'checkpoints') == [5, 10, 12]
   records = tiny_run.curve(folder)
   assert [(r['kind'], r['step']) for r in records] == [
@@ -178,6 +179,75 @@ def test_replay_shows_batch_loss_and_routing(finished, tmp_path):
   assert 'checkpoint 5, the nearest that is kept' in replay(run, 3)
 
 
+@pytest.mark.slow
+def test_replay_after_a_warm_start_and_after_changed_data(finished, tmp_path):
+  """Neither begins with step 1 and the first batch."""
+  from openmoe_jax.replay import replay
+  run, _ = finished
+  loss_of = lambda text: float(text.split('  loss ')[1].split()[0])
+  settings = dict(period=2, max_to_keep=0, initial_checkpoint_path=run.model_dir, restore='full')
+  warm = tiny_run.tiny_run(tmp_path, mesh=MESH, train=dict(train_steps=16, log_period=1), checkpoint=settings)
+  run_train(warm)
+  logged = lambda: {r['step']: r['loss'] for r in tiny_run.curve(tmp_path) if r['kind'] == 'train'}
+  assert sorted(logged()) == [13, 14, 15, 16]
+  np.testing.assert_allclose(loss_of(replay(warm, 15)), logged()[15], rtol=1e-5)
+  first = replay(warm, 13)  # there is no checkpoint before it
+  assert 'step 13' in first and 'checkpoint 14, the nearest' in first
+  with pytest.raises(ConfigError, match='began after step 12'):
+    replay(warm, 12)
+  changed = tiny_run.tiny_run(tmp_path, mesh=MESH, data=dict(seed=5), train=dict(train_steps=20, log_period=1),
+                              checkpoint=dict(settings, allow_setting_changes=True))
+  run_train(changed)
+  np.testing.assert_allclose(loss_of(replay(changed, 19)), logged()[19], rtol=1e-5)
+  shutil.rmtree(tmp_path / 'checkpoints' / '18' / 'params')
+  with pytest.raises(CheckpointError, match='checkpoint 18 cannot be read'):
+    replay(changed, 19)
+
+
+@pytest.mark.slow
+def test_an_update_that_breaks_down_is_not_saved(tmp_path):
+  """The loss of a step is of the parameters before it: a good loss says nothing about what is saved after it."""
+  run = tiny_run.tiny_run(tmp_path, mesh=MESH, checkpoint=dict(period=1), train=dict(train_steps=3),
+                          optimizer=dict(schedule='constant', learning_rate=1e38, clipping_threshold=0.))
+  with pytest.raises(TrainingError, match='not finite at step 1.*There is no checkpoint yet'):
+    run_train(run)
+  assert not checkpoints.finished_steps(tmp_path / 'checkpoints')
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_loses_no_steps(tmp_path, monkeypatch):
+  from openmoe_jax.evaluation import Evaluator
+  run = tiny_run.tiny_run(tmp_path, mesh=MESH, checkpoint=dict(period=0), train=dict(train_steps=3, eval_period=0))
+  with monkeypatch.context() as patch:
+    def fail(self, params):
+      raise OSError('the disk of the validation data is gone')
+    patch.setattr(Evaluator, '__call__', fail)
+    with pytest.raises(OSError):
+      run_train(run)
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [3]
+
+
+def test_validation_data_that_cannot_be_read_are_noticed_before_any_step(tmp_path):
+  run = tiny_run.tiny_run(tmp_path / 'run', mesh=MESH, data=dict(mixture_or_task='tiny_broken_validation'))
+  with pytest.raises(ConfigError, match='data of tiny_broken_validation cannot be read'):
+    run_train(run)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_without_evaluation(tmp_path):
+  run = tiny_run.tiny_run(tmp_path / 'run', mesh=MESH, data=dict(eval_split=''), train=dict(train_steps=2))
+  run_train(run)
+  assert {r['kind'] for r in tiny_run.curve(tmp_path / 'run')} == {'train'}
+
+
+def test_an_accelerator_asked_for_in_the_environment_and_not_there(tmp_path):
+  gin_file = tmp_path / 'run.gin'
+  gin_file.write_text(tiny_run.gin_text(tiny_run.tiny_run(tmp_path / 'run')))
+  done = tiny_run.run_process(gin_file, JAX_PLATFORMS='cuda')
+  assert done.returncode == 2 and "JAX_PLATFORMS = 'cuda' was asked for" in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 MISTAKES = [
     ('--gin.DataConfig.mixture_or_task=tiny_tusk', 'tiny_tusk.*did you mean tiny_task'),
     ('--gin.DataConfig.vocabulary=/no/such.model', '/no/such.model.*no such file'),
@@ -191,6 +261,11 @@ MISTAKES = [
     ('--gin.ModelConfig.moe_interval=3', 'moe_interval = 3 must divide'),
     ('--num_processes=2', 'give all three or none'),
     ('--replay_step=0', 'the first step is 1'),
+    ('--replay_step=1000000000', 'the first step is 1, the last one 12'),
+    ('--gin.ModelConfig.num_expert_replicas=999999', 'num_expert_replicas = 999999 asks for at least'),
+    ('--gin.TrainConfig.train_steps=1e999', 'train_steps = inf must be an integer'),
+    ('--gin.DataConfig.task_feature_lengths=targets:16,targets:32', 'must be a dictionary'),
+    ('--model_dir=/dev/null/run', 'cannot be (used|written to)'),
     ('--unknown_flag', 'unknown_flag'),
     ('--model_dir=', 'model_dir is empty'),
 ]

@@ -51,7 +51,9 @@ def test_history_drops_what_came_after_the_step_resumed_from(tmp_path):
   for step in (1, 2, 3):
     history.append({'kind': 'train', 'step': step, 'loss': np.float32(step) / 3})
   with (tmp_path / history_lib.FILE).open('a') as file:
-    file.write('{"kind": "train", "st')  # killed while writing
+    file.write('{"a": 1}\n5\n{"kind": "train", "st')  # what is no record; killed while writing
+  with (tmp_path / history_lib.FILE).open('ab') as file:
+    file.write(b'\xff\xfe\n')  # a damaged disk
   again = History(tmp_path)
   again.begin(2)
   again.append({'kind': 'eval', 'step': 2, 'loss': 1.})
