@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any, Dict, Sequence
 
 from openmoe_jax.config import (CheckpointConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig,
@@ -47,7 +48,7 @@ def command(gin_file: Any, *flags: str) -> Sequence[str]:
 
 def environment(devices: int = 1, **more: str) -> Dict[str, str]:
   """One device, this checkout's tests on the path, and compiled programs kept between the starts of one test session."""
-  cache = os.path.join(os.environ.get('OPENMOE_TEST_CACHE', '/tmp'), f'openmoe_jax_test_cache_{os.getuid()}')
+  cache = os.path.join(os.environ.get('OPENMOE_TEST_CACHE', tempfile.gettempdir()), f'openmoe_jax_test_cache_{os.getuid()}')
   path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
   return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
           'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_COMPILATION_CACHE_DIR': cache,
