@@ -6,6 +6,7 @@ Text between `<!-- generated: NAME -->` and `<!-- end -->` is replaced, the rest
 """
 
 import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -68,8 +69,8 @@ def macros() -> str:
 def setting_docs(cls: type) -> Dict[str, str]:
   """{field: what the `Attributes:` of the class's docstring say about it}; one entry may be about several."""
   entries: List[str] = []
-  for line in (cls.__doc__ or '').partition('Attributes:')[2].splitlines():
-    if re.match(r' {4}\S', line):
+  for line in inspect.cleandoc(cls.__doc__ or '').partition('Attributes:')[2].splitlines():
+    if re.match(r' {2}\S', line):
       entries.append(line.strip())
     elif entries:
       entries[-1] += f' {line.strip()}'
