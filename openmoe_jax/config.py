@@ -218,7 +218,8 @@ class DataConfig:
     num_streams: logical streams (D): batches do not depend on the number of hosts as long as it divides D.
     train_split: seqio split to train on.
     use_cached: read tasks from seqio's cache directories.
-    eval_mixture_or_task: what is evaluated during training; '' is `mixture_or_task`. A mixture is reported per source.
+    eval_mixture_or_task: what is evaluated during training; '' is `mixture_or_task`. A mixture is reported per source
+      and as a whole.
     eval_split, eval_batch_size (0: batch_size), eval_batches: validation split ('': no evaluation) and how much of it.
     tfds_data_dir: where TFDS data sets lie; '' is TFDS's own default.
     module_imports: extra modules that register tasks, imported before the mixture is looked up.

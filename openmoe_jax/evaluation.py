@@ -20,7 +20,7 @@ _ROUTING = ('fraction_tokens_left_behind', 'expert_usage', 'router_confidence', 
 
 class _Source(NamedTuple):
   batches: List[Mapping[str, np.ndarray]]  # all rows, on every process
-  unigram_entropy: float
+  target_counts: np.ndarray
 
 
 def target_counts(batch: Mapping[str, np.ndarray], vocab_size: int) -> np.ndarray:
@@ -56,23 +56,34 @@ class Evaluator:
 
   def _read(self, source: str) -> _Source:
     batches = list(data_lib.eval_batches(self._run.data, source))
-    counts = sum(target_counts(batch, self._run.model.vocab_size) for batch in batches)
-    return _Source(batches, entropy(counts))
+    return _Source(batches, sum(target_counts(batch, self._run.model.vocab_size) for batch in batches))
 
   def __call__(self, params: Any) -> Dict[str, Record]:
     """{source: {loss, accuracy, perplexity, unigram_entropy, num_target_tokens, ...}}; loss is cross-entropy in nats
-    per target that is not padding, without auxiliary losses."""
-    return {name: self._evaluate(params, source) for name, source in self._sources.items()}
+    per target that is not padding, without auxiliary losses. Several sources are also reported together, under the name
+    of their mixture, each counting with the tokens that were evaluated of it."""
+    sums = {name: self._evaluate(params, source) for name, source in self._sources.items()}
+    records = {name: _record(sums[name], source.target_counts) for name, source in self._sources.items()}
+    if len(records) > 1:
+      together = {name: sum(part[name] for part in sums.values()) for name in next(iter(sums.values()))}
+      counts = sum(source.target_counts for source in self._sources.values())
+      records[self._run.data.eval_mixture_or_task or self._run.data.mixture_or_task] = _record(together, counts)
+    return records
 
-  def _evaluate(self, params: Any, source: _Source) -> Record:
+  def _evaluate(self, params: Any, source: _Source) -> Dict[str, np.ndarray]:
+    """A source's metrics as sums."""
     total: Dict[str, np.ndarray] = {}
     for batch in source.batches:
       sums = jax.device_get(self._eval_step(params, data_lib.to_global(batch, self._mesh, microbatched=False)))
       for name, value in sums.items():
         total[name] = total.get(name, 0.) + np.asarray(value, np.float64)
-    means = metrics_lib.to_means(total)
-    loss = float(means['cross_ent_loss'])
-    record = {'loss': loss, 'accuracy': float(means['accuracy']), 'perplexity': float(np.exp(min(loss, 700.))),
-              'unigram_entropy': source.unigram_entropy, 'num_target_tokens': int(total[metrics_lib.WEIGHT])}
-    record.update({name: np.asarray(means[name]).tolist() for name in _ROUTING if name in means})
-    return record
+    return total
+
+
+def _record(sums: Mapping[str, np.ndarray], counts: np.ndarray) -> Record:
+  means = metrics_lib.to_means(sums)
+  loss = float(means['cross_ent_loss'])
+  record = {'loss': loss, 'accuracy': float(means['accuracy']), 'perplexity': float(np.exp(min(loss, 700.))),
+            'unigram_entropy': entropy(counts), 'num_target_tokens': int(sums[metrics_lib.WEIGHT])}
+  record.update({name: np.asarray(means[name]).tolist() for name in _ROUTING if name in means})
+  return record
