@@ -42,6 +42,22 @@ def test_rope_tables():
   np.testing.assert_allclose(cos, np.tile(np.cos(angle), 2), rtol=0, atol=4e-6)
 
 
+def test_rope_tables_of_full_size():
+  """Every angle is a float32: a frequency below 1 is known to 2^-24, which 2,047 positions make 2^-13, and angles above
+  1,024 are rounded by up to 2^-14 again."""
+  length, head_dim = 2048, 128
+  angle = np.arange(length)[:, None] * 10000. ** (-np.arange(0, head_dim, 2) / head_dim)
+  for got, function in zip(rope_tables(length, head_dim), (np.sin, np.cos), strict=True):
+    assert got.dtype == jnp.float32 and got.shape == (length, head_dim)
+    np.testing.assert_allclose(got, np.tile(function(angle), 2), rtol=0, atol=2**-13 + 2**-14)
+
+
+def test_rope_tables_are_constants():
+  """Else XLA computes sines of every head and row again."""
+  primitives = {eqn.primitive.name for eqn in jax.make_jaxpr(lambda: rope_tables(64, 16))().eqns}
+  assert not primitives & {'sin', 'cos', 'pow', 'exp'}
+
+
 def test_rope_with_the_tables_of_the_original():
   want = golden.load_arrays(UNITS)
   for name in ('q', 'k'):
@@ -112,29 +128,34 @@ def make_batch(seed, batch, length, segments=False):
   return {name: x.astype(np.int32) for name, x in features.items()}
 
 
-def plain_attention(q, k, v, context):
-  """SPEC 1.6 literally: a bias of -1e10 is added to the scores, which swallows them."""
+def plain_attention(q, k, v, context, keep=None):
+  """SPEC 1.6 literally: a bias of -1e10 is added to the scores, which swallows them; then dropout of the weights."""
   scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) + jnp.where(attention_mask(context, EVERYTHING, EVERYTHING), 0., -1e10)
-  return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores, axis=-1), v)
+  weights = jax.nn.softmax(scores, axis=-1)
+  return jnp.einsum('bhqk,bkhd->bqhd', weights if keep is None else weights * keep, v)
 
 
 @functools.partial(jit, static_argnames=('model', 'num_blocks'))
-def value_and_gradients(model, q, k, v, out, batch, num_blocks):
+def value_and_gradients(model, q, k, v, out, batch, num_blocks, keep=None):
   """Of blocked attention, or, with num_blocks 0, of the plain one."""
   context = make_context(model, batch)
   def loss(q, k, v):
-    y = blocked_attention(q, k, v, context, num_blocks) if num_blocks else plain_attention(q, k, v, context)
+    y = (blocked_attention(q, k, v, context, num_blocks, keep) if num_blocks else
+         plain_attention(q, k, v, context, keep))
     return jnp.sum(y * out), y
   grads, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
   return y, *grads
 
 
-def compare(seed, batch, length, num_blocks, segments=False, bidirectional=False):
+def compare(seed, batch, length, num_blocks, segments=False, bidirectional=False, dropout=0.):
   features = make_batch(seed, batch, length, segments)
   q, k, v, out = (np.random.RandomState(seed + i).randn(batch, length, 2, 4).astype(np.float32) for i in range(4))
   model = config(inputs_bidirectional_attention=bidirectional)
-  got = value_and_gradients(model, q, k, v, out, features, num_blocks)
-  want = value_and_gradients(model, q, k, v, out, features, 0)
+  keep = None
+  if dropout:
+    keep = (np.random.RandomState(seed).rand(batch, 2, 1, length) >= dropout).astype(np.float32) / (1 - dropout)
+  got = value_and_gradients(model, q, k, v, out, features, num_blocks, keep)
+  want = value_and_gradients(model, q, k, v, out, features, 0, keep)
   for name, a, b in zip(('value', 'dq', 'dk', 'dv'), got, want):
     np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * max(1., np.abs(b).max()), err_msg=name)
   return features, got
@@ -161,6 +182,18 @@ def test_blind_queries_get_the_mean_of_all_values():
   np.testing.assert_allclose(np.asarray(y)[blind], np.broadcast_to(v.mean(axis=1, keepdims=True), v.shape)[blind],
                              rtol=0, atol=1e-6)
   assert np.abs(np.asarray(dq)[blind]).max() > 1e-3 and np.abs(np.asarray(dk)[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize('segments, bidirectional', ((False, False), (True, False), (True, True)))
+def test_dropout_of_weights(segments, bidirectional):
+  """Of every row's, also of those that see nothing: their L equal weights are dropped like any others."""
+  for seed in range(3):
+    features, (y, dq, dk, _) = compare(seed, 3, 13, 4, segments, bidirectional, dropout=0.4)
+    blind = features['decoder_target_tokens'] == 0
+    assert blind[-1].all() and np.abs(np.asarray(dk)[-1]).max() > 1e-3  # their gradient is there, too
+    assert np.abs(np.asarray(dq)[blind]).max() > 1e-3
+  plain = compare(seed, 3, 13, 4, segments, bidirectional)[1][0]
+  assert np.abs(np.asarray(y) - np.asarray(plain))[blind].max() > 1e-2
 
 
 def test_a_query_sees_nothing_after_itself():
@@ -209,6 +242,21 @@ def test_missing_features_are_named():
   assert make_context(config(), batch).bidirectional is None
   with pytest.raises(ConfigError, match='lacks decoder_causal_attention'):
     make_context(config(inputs_bidirectional_attention=True), batch)
+
+
+def test_features_of_other_shapes_are_named():
+  batch = make_batch(0, 2, 4, segments=True)
+  for name in ('decoder_target_tokens', 'decoder_segment_ids', 'decoder_causal_attention'):
+    with pytest.raises(ConfigError, match=rf'{name} has another shape .*\(2, 3\); .* is \(2, 4\)$'):
+      make_context(config(), {**batch, name: batch[name][:, :3]})
+  with pytest.raises(ConfigError, match=r'decoder_loss_weights has another shape .*\(2, 1\)'):
+    make_context(config(), {**batch, 'decoder_loss_weights': np.ones((2, 1))})
+  for shape in ((4,), (2, 2, 2), ()):
+    with pytest.raises(ConfigError, match='decoder_input_tokens has another shape than .batch, length.'):
+      make_context(config(), {name: np.ones(shape, np.int32) for name in batch})
+  for dtype in (np.float32, bool):
+    with pytest.raises(ConfigError, match='decoder_input_tokens has the dtype (float32|bool); token ids are integers'):
+      make_context(config(), {**batch, 'decoder_input_tokens': batch['decoder_input_tokens'].astype(dtype)})
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
-"""Chunked cross-entropy against the plain formula: values, gradients, edge cases, and what it keeps in memory."""
+"""Chunked cross-entropy against the plain formula: values, gradients, edge cases, a vocabulary over several devices, and
+what it keeps in memory."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+from openmoe_jax.config import MeshConfig
 from openmoe_jax.losses import chunked_cross_entropy
+from openmoe_jax.partitioning import batch_sharding, make_mesh, num_shards
 from tests.quick_jit import jit
 
 B, L, D, V = 3, 11, 5, 17
@@ -130,6 +134,49 @@ def test_a_token_of_weight_zero_does_not_count():
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(changed)):
     np.testing.assert_array_equal(a, b)
   assert not np.asarray(first[1])[1, 4].any()
+
+
+# Masked positions: a hidden row of zeros, so that all logits are 0.
+
+
+def with_masked_rows(hidden, targets):
+  """Every third position masked; the target of every second of those is 0, the argmax of logits that are all alike."""
+  masked = jnp.arange(targets.size).reshape(targets.shape) % 3 == 0
+  zero_target = jnp.arange(targets.size).reshape(targets.shape) % 6 == 0
+  targets = jnp.where(zero_target, 0, jnp.where(masked, jnp.maximum(targets, 1), targets))
+  return jnp.where(masked[..., None], 0., hidden), targets, masked
+
+
+def test_accuracy_at_masked_positions():
+  hidden, kernel, targets, weights = inputs(fractional=False)
+  hidden, targets, masked = with_masked_rows(hidden, targets)
+  only_masked = masked.astype(jnp.float32)
+  sums = value_and_gradients(hidden, kernel, targets, only_masked, chunk_tokens=7)[0]
+  assert float(sums[3]) == float(jnp.sum(masked & (targets == 0))) > 0
+  np.testing.assert_allclose(sums[1], only_masked.sum() * np.log(V), rtol=1e-6)
+  compare(value_and_gradients(hidden, kernel, targets, weights, z_loss=1e-2, chunk_tokens=7),
+          value_and_gradients(hidden, kernel, targets, weights, z_loss=1e-2))
+
+
+@pytest.mark.parametrize('label_smoothing', (0., 0.3))
+def test_sharded_vocabulary(label_smoothing):
+  """Sums and gradients on data 2 x expert 2 x model 2 devices, fractional weights and masked positions among them."""
+  rng = np.random.RandomState(3)
+  batch, vocab = 4, 18
+  hidden = jnp.asarray(rng.randn(batch, L, D), jnp.float32)
+  hidden, targets, _ = with_masked_rows(hidden, jnp.asarray(rng.randint(0, vocab, (batch, L)), jnp.int32))
+  kernel = jnp.asarray(rng.randn(D, vocab), jnp.float32)
+  weights = jnp.asarray(rng.rand(batch, L) * (rng.rand(batch, L) < 0.7), jnp.float32)
+  settings = dict(z_loss=1e-2, label_smoothing=label_smoothing)
+  want = value_and_gradients(hidden, kernel, targets, weights, **settings)
+  assert num_shards('vocab') == num_shards('batch') == 1
+  compare(value_and_gradients(hidden, kernel, targets, weights, **settings, chunk_tokens=7), want)
+  mesh = make_mesh(MeshConfig(expert=2, model=2), jax.devices()[:8])
+  kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, 'model')))
+  hidden, targets, weights = jax.device_put((hidden, targets, weights), batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    assert num_shards('vocab') == 2 and num_shards('batch') == 4
+    compare(value_and_gradients(hidden, kernel, targets, weights, **settings, chunk_tokens=7), want)
 
 
 def test_large_logits_stay_finite():

@@ -1,4 +1,4 @@
-"""The model beyond parity: equal variants, gradients, initial values, dropout, padding, odd input."""
+"""The model beyond parity: equal variants, gradients, precision, initial values, dropout, padding, odd input."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openmoe_jax.config import ConfigError, ModelConfig
-from openmoe_jax.layers import Dropout
+from openmoe_jax.layers import Dropout, linear
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names, to_t5x_names
 from openmoe_jax.train_state import init_params
@@ -147,6 +147,55 @@ def test_gradients_by_finite_differences():
     assert abs((ends[0] - ends[1]) / (2 * step) - norm) < 2e-3 * norm, name
     tried += 1
   assert tried == len(numpy_reference.shapes(config))
+
+
+@functools.partial(jit, static_argnames='function')
+def value_and_products(function, x, kernel, out):
+  """function(x, kernel), d x and d kernel, pulled back from `out`."""
+  y, pull = jax.vjp(function, x, kernel)
+  return y, *pull(out)
+
+
+@pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16), ids=('float32', 'bfloat16'))
+@pytest.mark.parametrize('lead', ((7,), (2, 5), ()), ids=str)
+@pytest.mark.parametrize('width, features', ((3, 24), (24, 3), (8, 8), (1, 5), (5, 1)))
+def test_linear(width, features, lead, dtype):
+  """The kernel's gradient is written out in both orders; it is that of `x @ kernel`, in the dtype of what goes in."""
+  rng = np.random.RandomState(0)
+  x, kernel, out = (jnp.asarray(rng.randn(*shape), dtype)
+                    for shape in ((*lead, width), (width, features), (*lead, features)))
+  got = value_and_products(linear, x, kernel, out)
+  want = value_and_products(jnp.matmul, x, kernel, out)
+  rounding = 1e-6 if dtype == jnp.float32 else 2**-7
+  for name, a, b in zip(('value', 'dx', 'dkernel'), got, want, strict=True):
+    assert a.dtype == b.dtype == dtype and a.shape == b.shape, name
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=0, atol=rounding * np.abs(b).max(), err_msg=name)
+
+
+def products(jaxpr):
+  """Every dot_general of a program, inner programs included."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      yield eqn
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, 'eqns')):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        yield from products(inner)
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_router_logits_are_not_rounded(dtype):
+  """An accelerator's default precision would flip decisions: the router's product and its two gradients say 'highest'."""
+  config = model(num_layers=1, moe_interval=1, num_experts=5, dtype=dtype)  # no other kernel is 8 x 5
+  batch, params = make_batch(), params_of(config)
+  program = jax.make_jaxpr(jax.grad(lambda p: loss_and_metrics(config, p, batch)[0]))(params)
+  router = [eqn for eqn in products(program.jaxpr)
+            if any(sorted(v.aval.shape) == [5, 8] for v in (*eqn.invars, *eqn.outvars))]
+  assert len(router) == 3
+  for eqn in router:
+    assert eqn.params['precision'] == (jax.lax.Precision.HIGHEST,) * 2
+    assert all(v.aval.dtype == jnp.float32 for v in (*eqn.invars, *eqn.outvars))
 
 
 # Initial values (SPEC 5).
