@@ -89,7 +89,7 @@ def test_recipe_is_the_originals(name):
   assert run.model.num_expert_replicas == 1
 
   llama = name == 'ablation_llama_tokenizer'
-  assert (run.data.vocabulary, run.data.extra_ids) == (('', 100) if llama else (UMT5, 300))
+  assert (run.data.vocabulary, run.data.extra_ids) == (('', 128) if llama else (UMT5, 300))
   assert run.data.pack and run.data.shuffle and run.data.loss_on_targets_only
   optimizer = run.optimizer
   assert optimizer.name == 'adafactor' and optimizer.weight_decay == 0 and optimizer.max_grad_norm == 0
@@ -172,3 +172,15 @@ def test_documentation_is_up_to_date():
   for cls in gin_utils.SECTIONS:
     undocumented = {f.name for f in dataclasses.fields(cls)} ^ set(document_configuration.setting_docs(cls))
     assert not undocumented, f'docstring and fields of {cls.__name__} differ: {undocumented}'
+
+
+@pytest.mark.parametrize('name', [name for name in RECIPES if 'ul2' in str(load(name).data.mixture_or_task)])
+def test_ul2_has_sentinels_and_room_for_its_lengths(name):
+  """What the objective would refuse once the corpora are there."""
+  from openmoe_jax import objectives
+  data = load(name).data
+  for denoiser in objectives.UL2_DENOISERS:
+    if denoiser.density:
+      lengths = objectives.span_lengths(data.task_feature_lengths['inputs'], denoiser.density, denoiser.mean_span)
+      spans = round(round(lengths.segment * denoiser.density) / denoiser.mean_span)
+      assert spans <= data.extra_ids and lengths.targets <= data.task_feature_lengths['targets'], denoiser
