@@ -57,9 +57,9 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   except (checkpoints.CheckpointError, TrainingError) as error:
     _fail(str(error))
   except Exception as error:
-    if isinstance(error, OSError) and str(error.filename or '').startswith(str(paths.path(run.model_dir))):
-      _fail(f'{error.strerror}: {error.filename}; is the disk still there, and was model_dir moved or removed?')
     if not paths.is_disk_full(error):
+      if isinstance(error, OSError) and str(error.filename or '').startswith(str(paths.path(run.model_dir))):
+        _fail(f'{error.strerror}: {error.filename}; is the disk still there, and was model_dir moved or removed?')
       raise
     kept = checkpoints.finished_steps(paths.path(run.model_dir) / checkpoints.CHECKPOINTS)
     _fail(f'the disk of model_dir = {run.model_dir!r} is full ({checkpoints.one_line(error, 120)}); ' +

@@ -304,11 +304,14 @@ def test_print_config_shows_every_setting_and_runs_nothing(tmp_path, capsys):
 def test_main_gives_one_line_for_a_checkpoint_that_cannot_be_written(tmp_path, capsys, monkeypatch):
   gin_file = tmp_path / 'run.gin'
   gin_file.write_text(tiny_run.gin_text(tiny_run.tiny_run(tmp_path / 'run')))
-  for error in (CheckpointError('checkpoint of step 3 could not be written'), OSError(28, 'No space left on device')):
+  full = OSError(28, 'No space left on device', str(tmp_path / 'run' / 'metrics.jsonl'))
+  gone = FileNotFoundError(2, 'No such file or directory', str(tmp_path / 'run' / 'metrics.jsonl'))
+  for error, part in ((CheckpointError('checkpoint of step 3 could not be written'), 'of step 3'), (full, 'Make room'),
+                      (OSError(28, 'No space left on device'), 'Make room'), (gone, 'moved or removed')):
     def fail(run, error=error):
       raise error
     monkeypatch.setattr(train_lib, 'train', fail)
     with pytest.raises(SystemExit) as end:
       train_lib.main([f'--gin_file={gin_file}'])
     err = capsys.readouterr().err
-    assert end.value.code == 1 and len(err.strip().splitlines()) == 1
+    assert end.value.code == 1 and len(err.strip().splitlines()) == 1 and part in err
