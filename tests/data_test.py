@@ -1,16 +1,22 @@
 """Streams, saved positions, evaluation batches, global arrays, and mistakes in the data settings."""
 
+import contextlib
 import dataclasses
+import functools
+import io
+import json
 import random
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 
 from openmoe_jax import data as data_lib
+from openmoe_jax import objectives, vocabulary
 from openmoe_jax.config import ConfigError, DataConfig, MeshConfig
 from openmoe_jax.partitioning import batch_sharding, make_mesh
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
@@ -57,6 +63,22 @@ class TextSource(NumberedSource):
     return dataset.shard(shard_info.num_shards, shard_info.index) if shard_info else dataset
 
 
+class PairSource(NumberedSource):
+  """Inputs that are 50s and targets that are 70s."""
+
+  def get_dataset(self, split='train', shuffle=True, seed=None, shard_info=None):
+    dataset = super().get_dataset(split, shuffle, seed, shard_info)
+    return dataset.map(lambda e: {'inputs': tf.fill([4], 50), 'targets': tf.fill([tf.size(e['targets'])], 70)})
+
+
+class FingerprintedSource(NumberedSource):
+  """Documents that say themselves which ones they are, as the demo's do."""
+  word = 'these'
+
+  def fingerprint(self, split):
+    return f'{self.word} of {split}'
+
+
 @seqio.map_over_dataset(num_seeds=1)
 def add_noise(example, seed):
   """Makes the last token random, to see that random choices continue after a restart."""
@@ -69,20 +91,38 @@ def _tokens_of_text(dataset, output_features):
   return dataset.filter(lambda e: tf.size(e['targets']) > 0)
 
 
+def _in_turn(datasets, unused_rates, unused_seed):
+  """A mixture's own way of sampling: one example of each task after the other."""
+  return tf.data.Dataset.choose_from_datasets(datasets, tf.data.Dataset.range(len(datasets)).repeat())
+
+
 def _register():
   numbers = {'targets': seqio.Feature(seqio.PassThroughVocabulary(5000), add_eos=False)}
-  from openmoe_jax import vocabulary
   text = {'targets': seqio.Feature(vocabulary.shared())}
   for name, source, preprocessors in [
       ('numbers_a', NumberedSource(100), [add_noise]), ('numbers_b', NumberedSource(300), [add_noise]),
       ('numbers_plain', NumberedSource(100), []), ('numbers_one_file', NumberedSource(100, shardable=False), []),
-      ('numbers_no_validation', NumberedSource(100, {'train': 9}), [])]:
+      ('numbers_no_validation', NumberedSource(100, {'train': 9}), []),
+      ('numbers_fingerprinted', FingerprintedSource(100), [])]:
     seqio.TaskRegistry.add(name, source, numbers, preprocessors, shuffle_buffer_size=7)
+  seqio.TaskRegistry.add('numbers_unshuffled', NumberedSource(100), numbers, [], shuffle_buffer_size=None)
+  seqio.TaskRegistry.add('pairs', PairSource(0), {name: numbers['targets'] for name in ('inputs', 'targets')}, [])
   seqio.MixtureRegistry.add('numbers_mix', [('numbers_a', 3), ('numbers_b', 1)])
+  seqio.MixtureRegistry.add('numbers_in_turn', [('numbers_a', 3), ('numbers_b', 1)], sample_fn=_in_turn)
+  demo = vocabulary.demo_model_path()
+  for name, own in [
+      ('ids_out_of_range', seqio.PassThroughVocabulary(100000)), ('foreign_bytes', seqio.ByteVocabulary()),
+      ('foreign_sentinels', seqio.SentencePieceVocabulary(demo, extra_ids=100)),
+      ('equal_vocabulary', seqio.SentencePieceVocabulary(demo, extra_ids=300))]:
+    seqio.TaskRegistry.add(name, TextSource(['one text', 'two texts']), {'targets': seqio.Feature(own)},
+                           [_tokens_of_text])
   seqio.TaskRegistry.add('blank_text', TextSource(['', '  ', '\n', ' ', '', '']), text, [_tokens_of_text])
   seqio.TaskRegistry.add('no_text', TextSource([]), text, [_tokens_of_text])
   seqio.TaskRegistry.add('absent_tfds', seqio.TfdsDataSource('no_such_dataset_anywhere:1.0.0', splits=('train',)),
                          text, [_tokens_of_text])
+  # Its splits are only known from the files.
+  seqio.TaskRegistry.add('absent_tfds_splits', seqio.TfdsDataSource('no_such_dataset_anywhere:1.0.0'), text,
+                         [_tokens_of_text])
   seqio.TaskRegistry.add('broken_file', seqio.TextLineDataSource({'train': '/no/such/file-*'}), text,
                          [lambda ds: ds.map(lambda line: {'text': line}), _tokens_of_text])
 
@@ -94,6 +134,17 @@ def settings(**changes):
   values = dict(mixture_or_task='numbers_mix', task_feature_lengths={'targets': 24}, batch_size=8, num_streams=4,
                 seed=5)
   return DataConfig(**{**values, **changes})
+
+
+@contextlib.contextmanager
+def text_task(name, source, preprocessors, features=('targets',)):
+  """A task over the run's vocabulary that is registered inside the `with`."""
+  seqio.TaskRegistry.add(name, source, {feature: seqio.Feature(vocabulary.shared()) for feature in features},
+                         preprocessors, shuffle_buffer_size=5)
+  try:
+    yield
+  finally:
+    seqio.TaskRegistry.remove(name)
 
 
 def take(streams, count):
@@ -167,6 +218,41 @@ def test_every_pass_covers_all_documents_once_in_a_new_order(task):
   assert not np.array_equal(per_stream[0, :50], per_stream[0, 50:100])
 
 
+def test_every_stream_honours_the_rates_of_the_mixture():
+  rows = 1024
+  batch = next(data_lib.TrainStreams(settings(pack=False, batch_size=4 * rows)))
+  share = (batch['decoder_target_tokens'][0, :, 0].reshape(4, rows) < 300).mean(axis=1)
+  # Rate 3 of 4, within four standard deviations.
+  assert (abs(share - .75) < 4 * (.75 * .25 / rows)**.5).all(), share
+
+
+def test_a_mixture_samples_in_its_own_way():
+  batch = next(data_lib.TrainStreams(settings(mixture_or_task='numbers_in_turn', pack=False, num_streams=1)))
+  assert (batch['decoder_target_tokens'][0, :, 0] < 300).tolist() == [True, False] * 4
+
+
+@pytest.mark.parametrize('pack', [True, False])
+@pytest.mark.parametrize('targets_only', [True, False])
+def test_loss_on_targets_only_is_honoured(targets_only, pack):
+  data = settings(mixture_or_task='pairs', task_feature_lengths={'inputs': 12, 'targets': 24}, pack=pack,
+                  loss_on_targets_only=targets_only, num_streams=1)
+  for batch in (next(data_lib.TrainStreams(data)), next(data_lib.eval_batches(data, 'pairs'))):
+    tokens = batch['decoder_target_tokens']
+    assert {50, 70} <= set(tokens.flat)
+    np.testing.assert_array_equal(batch['decoder_loss_weights'], tokens == 70 if targets_only else tokens > 0)
+
+
+def test_a_task_that_forbids_shuffling_streams_without():
+  data = settings(mixture_or_task='numbers_unshuffled', pack=False, shuffle=False)
+  assert next(data_lib.TrainStreams(data))['decoder_target_tokens'][0, :2, 0].tolist() == [100, 104]
+
+
+def test_an_equal_vocabulary_is_accepted():
+  data = settings(mixture_or_task='equal_vocabulary', num_streams=1, pack=False)
+  batch = next(data_lib.TrainStreams(data))
+  assert {vocabulary.decode(row) for row in batch['decoder_target_tokens'][0]} == {'one text', 'two texts'}
+
+
 def test_without_shuffling_documents_come_in_order():
   streams = data_lib.TrainStreams(settings(mixture_or_task='numbers_plain', pack=False, shuffle=False))
   first = np.concatenate([batch['decoder_target_tokens'][0, :2, 0] for batch in take(streams, 6)])
@@ -237,7 +323,6 @@ def test_files_are_shared_among_streams_and_shuffled_reproducibly(tmp_path, file
   for i in range(files):
     (tmp_path / f'part-{i}.txt').write_text(''.join(f'{i * 10 + line} text\n' for line in range(10)))
   name = f'text_files_{files}'
-  from openmoe_jax import vocabulary
   seqio.TaskRegistry.add(name, seqio.TextLineDataSource({'train': str(tmp_path / 'part-*.txt')}),
                          preprocessors=[lambda dataset: dataset.map(lambda line: {'text': line}), _tokens_of_text],
                          output_features={'targets': seqio.Feature(vocabulary.shared())}, shuffle_buffer_size=3)
@@ -278,8 +363,246 @@ def test_positions_of_other_settings_are_refused():
     data_lib.TrainStreams(dataclasses.replace(data, seed=6), stream_ids=[0]).restore(beginning)
   with pytest.raises(ConfigError, match=r'no stream \[1\]'):
     streams.restore({0: beginning[0]})
+  state = streams.state()
+  expected = take(streams, 2)
+  streams.restore(state)
   with pytest.raises(ConfigError, match='not of the same step'):
-    streams.restore({**streams.state(), 0: beginning[0]})
+    streams.restore({**state, 0: beginning[0]})
+  assert streams.position == 2
+  assert_same(take(streams, 2), expected)  # Also stream 0 is where it was.
+
+
+def _with_header(position, change):
+  """The saved position with other settings in its header."""
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(io.BytesIO(position)) as old, zipfile.ZipFile(buffer, 'w') as new:
+    for name in old.namelist():
+      content = old.read(name)
+      if name == 'header.json':
+        header = json.loads(content)
+        header['settings'] = change(header['settings'])
+        content = json.dumps(header)
+      new.writestr(name, content)
+  return buffer.getvalue()
+
+
+def test_positions_of_other_files_are_refused(tmp_path):
+  for i in range(3):
+    (tmp_path / f'part-{i}.txt').write_text(''.join(f'{i * 10 + line} text\n' for line in range(10)))
+  data = settings(mixture_or_task='text_files', num_streams=2, batch_size=4)
+
+  def streams():
+    # No pattern: within a process seqio looks for a pattern's files once.
+    files = sorted(map(str, tmp_path.glob('part-*.txt')))
+    with text_task('text_files', seqio.TextLineDataSource({'train': files}),
+                   [lambda dataset: dataset.map(lambda line: {'text': line}), _tokens_of_text]):
+      return data_lib.TrainStreams(data)
+
+  before = streams()
+  expected = take(before, 4)
+  state = before.state()
+  streams().restore(state)  # The same files.
+  (tmp_path / 'part-2.txt').rename(tmp_path / 'part-3.txt')
+  renamed = streams()
+  begun = take(renamed, 1)
+  with pytest.raises(ConfigError, match='documents of text_files: .* then, .* now') as error:
+    renamed.restore(state)
+  assert '\n' not in str(error.value) and renamed.position == 1
+  assert_same(begun + take(renamed, 3), expected)  # The text is the same, and the refusal changed nothing.
+
+
+def test_positions_of_other_documents_are_refused_and_old_headers_are_not(monkeypatch):
+  data = settings(mixture_or_task='numbers_fingerprinted', num_streams=1)
+  streams = data_lib.TrainStreams(data)
+  take(streams, 2)
+  state = streams.state()
+  expected = take(streams, 3)
+  monkeypatch.setattr(FingerprintedSource, 'word', 'others')
+  changed = data_lib.TrainStreams(data)
+  with pytest.raises(ConfigError, match="documents of numbers_fingerprinted: 'these of train' then, 'others of train'"):
+    changed.restore(state)
+  assert changed.position == 0
+
+  def without_new_keys(saved):
+    assert {'use_cached', 'documents of numbers_fingerprinted'} <= set(saved)
+    return {key: value for key, value in saved.items() if key != 'use_cached' and not key.startswith('documents of')}
+
+  changed.restore({0: _with_header(state[0], without_new_keys)})
+  assert changed.position == 2
+  assert_same(take(changed, 3), expected)
+  with pytest.raises(ConfigError, match='use_cached: True then, False now'):
+    changed.restore({0: _with_header(state[0], lambda saved: {**without_new_keys(saved), 'use_cached': True})})
+
+
+def test_positions_after_skipping_can_be_restored():
+  data = settings(num_streams=2)
+  streams = data_lib.TrainStreams(data)
+  streams.skip(3)
+  state = streams.state()
+  expected = take(streams, 3)
+  whole = data_lib.TrainStreams(data)
+  assert_same(take(whole, 6)[3:], expected)
+  whole.restore(state)
+  assert whole.position == 3
+  assert_same(take(whole, 3), expected)
+
+
+# Data sets on disk.
+
+
+@pytest.fixture
+def tfds_override():
+  """Puts seqio's folder for TFDS back."""
+  before = seqio.utils._TFDS_DATA_DIR_OVERRIDE
+  yield
+  seqio.set_tfds_data_dir_override(before)
+
+
+def test_tfds_data_sets_are_looked_for_in_their_folder(tmp_path, tfds_override):
+  import tensorflow_datasets as tfds
+  with tfds.core.registered.skip_registration():  # It is only known by its files, as on another machine.
+    class TinyTexts(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version('1.0.0')
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}))
+
+      def _split_generators(self, dl_manager):
+        return {'train': ((i, {'text': f'text {i}'}) for i in range(20))}
+
+      def _generate_examples(self):
+        raise NotImplementedError
+
+  TinyTexts(data_dir=str(tmp_path / 'here')).download_and_prepare()
+  texts = {f'text {i}' for i in range(20)}
+
+  def streams(folder, **changes):
+    # A source of its own: seqio's keep the folder that they have first seen.
+    with text_task('tiny_tfds', seqio.TfdsDataSource('tiny_texts:1.0.0'), [_tokens_of_text]):
+      return data_lib.TrainStreams(settings(mixture_or_task='tiny_tfds', num_streams=2, batch_size=20, pack=False,
+                                            tfds_data_dir=str(tmp_path / folder), **changes))
+
+  with pytest.raises(ConfigError, match='tiny_texts .*tfds_data_dir'):
+    streams('there')
+  # Two streams share the only file: each keeps every other document.
+  rows = next(streams('here', shuffle=False))['decoder_target_tokens'][0]
+  assert len(rows) == 20 and set(map(vocabulary.decode, rows)) == texts
+  shuffled = streams('here')
+  seen = {vocabulary.decode(row) for batch in take(shuffled, 4) for row in batch['decoder_target_tokens'][0]}
+  assert seen == texts
+  state = shuffled.state()
+  expected = take(shuffled, 4)
+  again = streams('here')
+  again.restore(state)
+  assert_same(take(again, 4), expected)
+
+
+CACHED = [f'document {i} ' + 'word ' * (i % 7) + f'ends {i}' for i in range(60)]
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """Writes a task's texts as seqio's cache tool does, into a folder where seqio looks for caches."""
+  before = list(seqio.get_global_cache_dirs())
+  seqio.set_global_cache_dirs([str(tmp_path)])
+
+  def write(task, files):
+    folder = tmp_path / task
+    folder.mkdir()
+    for split in ('train', 'validation'):
+      for i in range(files):
+        with tf.io.TFRecordWriter(f'{folder}/{split}.tfrecord-{i:05d}-of-{files:05d}') as writer:
+          for text in CACHED[i::files]:
+            value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
+            writer.write(tf.train.Example(features=tf.train.Features(feature={'text': value})).SerializeToString())
+      info = dict(num_shards=files, features={'text': dict(dtype='string', shape=[])}, seqio_version='0.0.20')
+      (folder / f'info.{split}.json').write_text(json.dumps(info))
+      (folder / f'stats.{split}.json').write_text(json.dumps(dict(examples=len(CACHED))))
+    (folder / 'COMPLETED').write_text('')
+
+  yield write
+  seqio.set_global_cache_dirs(before)
+
+
+def _not_with_a_cache(split=None, shuffle_files=False, seed=None):
+  raise AssertionError('with use_cached neither the source nor the steps before the cache are used')
+
+
+def _uncached_source():
+  return seqio.FunctionDataSource(_not_with_a_cache, splits=('train', 'validation'))
+
+
+@pytest.mark.parametrize('files', [1, 4])
+def test_cached_tasks_stream_from_their_files(files, cache):
+  cache('cached_text', files)
+  data = settings(mixture_or_task='cached_text', num_streams=2, batch_size=12, pack=False, use_cached=True)
+  with text_task('cached_text', _uncached_source(),
+                 [lambda dataset: _not_with_a_cache(), seqio.CacheDatasetPlaceholder(), _tokens_of_text]):
+    streams = data_lib.TrainStreams(data)
+    # A pass is 5 batches (60 texts); the buffer of 5 rows holds some back. Five passes and a half.
+    texts = [vocabulary.decode(row) for batch in take(streams, 28) for row in batch['decoder_target_tokens'][0]]
+    assert set(texts) == set(CACHED)
+    assert all(3 <= texts.count(text) <= 9 for text in CACHED)
+    state = streams.state()
+    expected = take(streams, 10)
+    again = data_lib.TrainStreams(data)
+    again.restore(state)
+    assert_same(take(again, 10), expected)
+    assert len(list(data_lib.eval_batches(dataclasses.replace(data, eval_batches=0), 'cached_text'))) == 5
+
+
+def test_ul2_of_a_cached_task_continues_identically(cache):
+  """Its six denoisers iterate the cached files, each for itself, and must see one order of them."""
+  cache('cached_ul2', 4)
+  data = settings(mixture_or_task='cached_ul2', task_feature_lengths={'inputs': 24, 'targets': 24}, num_streams=1,
+                  use_cached=True)
+  with text_task('cached_ul2', _uncached_source(), [
+      seqio.CacheDatasetPlaceholder(), functools.partial(objectives.ul2, documents=1)], ('inputs', 'targets')):
+    streams = data_lib.TrainStreams(data)
+    beginning = streams.state()
+    # 160 rows are several passes over 60 short documents.
+    first = take(streams, 20)
+    state = streams.state()
+    expected = take(streams, 10)
+    for position, batches in ((beginning, first), (state, expected)):
+      streams.restore(position)  # In iterators of their own.
+      assert_same(take(streams, len(batches)), batches)
+    text = vocabulary.decode(np.concatenate([batch['decoder_target_tokens'] for batch in first]).flatten())
+    assert all(f'[{prompt}] document' in text for prompt in ('NLU', 'NLG', 'S2S'))
+
+
+def test_tasks_without_a_cache_are_one_clear_line(cache):
+  with text_task('never_cached', _uncached_source(), [seqio.CacheDatasetPlaceholder(), _tokens_of_text]):
+    for name, message in (('numbers_plain', 'task numbers_plain cannot be cached: it has no seqio.CacheDatasetPlace'),
+                          ('never_cached', 'the data of never_cached cannot be read .*; write its cache with seqio')):
+      with pytest.raises(ConfigError, match=message) as error:
+        data_lib.TrainStreams(settings(mixture_or_task=name, use_cached=True))
+      assert '\n' not in str(error.value)
+
+
+def test_modules_are_found_in_the_current_folder(tmp_path, monkeypatch):
+  # As under the installed command, whose path has no current folder.
+  monkeypatch.setattr(sys, 'path', [path for path in sys.path if path])
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'my_tasks_of_data_test.py').write_text(textwrap.dedent('''
+      import seqio
+      from tests.data_test import NumberedSource
+      feature = seqio.Feature(seqio.PassThroughVocabulary(5000), add_eos=False)
+      seqio.TaskRegistry.add('numbers_of_a_module', NumberedSource(500), {'targets': feature}, [])
+  '''))
+  (tmp_path / 'broken_tasks_of_data_test.py').write_text('import no_such_package_of_theirs')
+  data = settings(mixture_or_task='numbers_of_a_module', module_imports=('my_tasks_of_data_test',))
+  try:
+    tokens = next(data_lib.TrainStreams(data))['decoder_target_tokens']
+    assert set(tokens.flat) <= {0} | set(range(500, 540))
+    assert sys.path[-1] == str(tmp_path), 'nothing in the folder hides a package'
+    # A module that is there is not called missing.
+    with pytest.raises(ModuleNotFoundError, match='no_such_package_of_theirs'):
+      data_lib.TrainStreams(dataclasses.replace(data, module_imports=('broken_tasks_of_data_test',)))
+  finally:
+    sys.modules.pop('my_tasks_of_data_test', None)
+    if 'numbers_of_a_module' in seqio.TaskRegistry.names():
+      seqio.TaskRegistry.remove('numbers_of_a_module')
 
 
 # Evaluation.
@@ -304,8 +627,14 @@ def test_another_mixture_can_be_evaluated():
   assert data_lib.eval_sources(settings(eval_mixture_or_task='numbers_b')) == ['numbers_b']
   with pytest.raises(ConfigError, match='eval_mixture_or_task'):
     data_lib.eval_sources(settings(eval_mixture_or_task='numbers_c'))
-  with pytest.raises(ConfigError, match="no split 'validation'"):
+  with pytest.raises(ConfigError, match=r"no split 'validation'; it has 'train'; DataConfig\.eval_split = '' trains"):
     data_lib.eval_sources(settings(eval_mixture_or_task='numbers_no_validation'))
+
+
+def test_without_an_evaluation_split_nothing_is_evaluated():
+  data = settings(mixture_or_task='numbers_no_validation', eval_split='')
+  assert data_lib.eval_sources(data) == []
+  next(data_lib.TrainStreams(data))
 
 
 # Devices.
@@ -353,11 +682,23 @@ def test_streams_of_the_rows_of_a_process(ranges, rows, streams, expected):
     (dict(vocabulary='/no/such.model'), 'no such file'),
     (dict(vocabulary=__file__), 'not a sentencepiece model'),
     (dict(train_split='testing'), "no split 'testing'"),
-    (dict(module_imports=('no_such_module_of_tasks',)), "no module 'no_such_module_of_tasks'"),
+    (dict(module_imports=('no_such_module_of_tasks',)), "module_imports: there is no module 'no_such_module_of_tasks' in the"),
     (dict(mixture_or_task='blank_text'), 'has no text for stream 0 of 4'),
     (dict(mixture_or_task='no_text'), 'has no text'),
     (dict(mixture_or_task='absent_tfds'), 'data of absent_tfds cannot be read .*no_such_dataset_anywhere'),
+    (dict(mixture_or_task='absent_tfds_splits'), 'data of absent_tfds_splits cannot be read .*tfds_data_dir'),
     (dict(mixture_or_task='broken_file'), 'broken_file'),
+    (dict(mixture_or_task='numbers_unshuffled'), r'numbers_unshuffled.*set DataConfig\.shuffle = False'),
+    (dict(mixture_or_task='foreign_bytes'), "task foreign_bytes, feature 'targets' has a vocabulary of its own"),
+    (dict(mixture_or_task='foreign_sentinels'), 'has a vocabulary of its own'),
+    (dict(mixture_or_task='ids_out_of_range'), 'ids go up to 99999, but the vocabulary .* has only 8492'),
+    (dict(mixture_or_task='demo_prose_ul2', task_feature_lengths={'inputs': 32, 'targets': 31}),
+     r"\['targets'\] = 31 is too short: .* inputs of 32 needs targets of 32"),
+    (dict(mixture_or_task='demo_prose_ul2', task_feature_lengths={'inputs': 1, 'targets': 32}),
+     r"task_feature_lengths\['inputs'\] is too short"),
+    (dict(mixture_or_task='demo_prefix_lm', task_feature_lengths={'inputs': 1, 'targets': 32}),
+     r"task_feature_lengths\['inputs'\] is too short"),
+    (dict(seed=-1), r'DataConfig\.seed'),
     (dict(mixture_or_task='numbers_plain', num_streams=64, batch_size=64), 'for stream 40 of 64'),
 ])
 def test_mistakes_are_one_clear_line(changes, message):

@@ -237,6 +237,23 @@ def test_too_many_spans_for_the_sentinels_are_refused():
     objectives.corrupt_spans(dataset, {'inputs': 2048, 'targets': 2048}, features(), .5, 3)
 
 
+@pytest.mark.parametrize('density, mean_span', [(d.density, d.mean_span) for d in objectives.UL2_DENOISERS
+                                                if d.density])
+def test_targets_that_are_too_short_for_the_spans_are_refused(density, mean_span):
+  dataset = tf.data.Dataset.from_tensor_slices({'targets': [[3, 4, 5]]})
+  needed = objectives.span_lengths(128, density, mean_span).targets
+  objectives.corrupt_spans(dataset, {'inputs': 128, 'targets': needed}, features(), density, mean_span)
+  with pytest.raises(ConfigError, match=f"'targets'\\] = {needed - 1} is too short: .* needs targets of {needed}$"):
+    objectives.corrupt_spans(dataset, {'inputs': 128, 'targets': needed - 1}, features(), density, mean_span)
+
+
+@pytest.mark.parametrize('objective', [objectives.ul2, objectives.prefix_lm])
+def test_inputs_without_room_for_a_token_are_refused(objective):
+  dataset = tf.data.Dataset.from_tensor_slices({'text': ['some text']})
+  with seqio.utils.map_seed_manager(1), pytest.raises(ConfigError, match=r"\['inputs'\] is too short"):
+    objective(dataset, sequence_length={'inputs': 1, 'targets': 128}, output_features=features())
+
+
 @pytest.mark.parametrize('objective', [objectives.ul2, objectives.prefix_lm, objectives.full_lm])
 def test_missing_lengths_are_refused(objective):
   dataset = tf.data.Dataset.from_tensor_slices({'text': ['some text']})
@@ -282,7 +299,9 @@ def test_golden_examples_convert_to_the_golden_rows(objective, conversion, packe
   lengths = {'targets': 256} if objective == 'full_lm' else {'inputs': 128, 'targets': 128}
   examples = [{key: value.tolist() for key, value in e.items()} for e in golden_examples(objective)]
   got = rows(ragged(examples), feature_converters.decoder_converter(lengths, packed), lengths)
+  assert golden
   for key, value in golden.items():
+    assert len(value) > 0
     np.testing.assert_array_equal(got[key][:len(value)], value, err_msg=key)
 
 

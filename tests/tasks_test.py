@@ -131,6 +131,24 @@ def test_registering_again_changes_nothing():
   assert all(seqio.TaskRegistry.get(name) is task for name, task in before.items())
 
 
+def test_fingerprint_changes_with_the_text(monkeypatch):
+  """A saved data position belongs to it."""
+  sources = {name: seqio.TaskRegistry.get(f'demo_{name}_full_lm').source for name in standard_library.KINDS}
+  words = {(kind, split): source.fingerprint(split) for kind, source in sources.items()
+           for split in standard_library.SPLITS}
+  assert len(set(words.values())) == 4
+  assert demo.StandardLibrarySource('code').fingerprint('train') == words['code', 'train']
+  documents = standard_library.documents
+
+  def changed(how):
+    monkeypatch.setattr(standard_library, 'documents', lambda kind, split: how(list(documents(kind, split))))
+    return sources['code'].fingerprint('train')
+
+  assert changed(lambda d: d) == words['code', 'train']
+  assert len({words['code', 'train'], changed(lambda d: d[:-1]), changed(lambda d: d[::-1]),
+              changed(lambda d: [d[0]._replace(text=d[0].text + ' ')] + d[1:])}) == 4
+
+
 def test_all_tasks_hold_the_one_shared_vocabulary():
   for name in NAMES:
     for feature in seqio.TaskRegistry.get(name).output_features.values():
