@@ -682,7 +682,7 @@ def test_streams_of_the_rows_of_a_process(ranges, rows, streams, expected):
     (dict(vocabulary='/no/such.model'), 'no such file'),
     (dict(vocabulary=__file__), 'not a sentencepiece model'),
     (dict(train_split='testing'), "no split 'testing'"),
-    (dict(module_imports=('no_such_module_of_tasks',)), "module_imports: there is no module 'no_such_module_of_tasks' in the"),
+    (dict(module_imports=('no_such_module_of_tasks',)), "module_imports: there is no module 'no_such_module_of_tasks'"),
     (dict(mixture_or_task='blank_text'), 'has no text for stream 0 of 4'),
     (dict(mixture_or_task='no_text'), 'has no text'),
     (dict(mixture_or_task='absent_tfds'), 'data of absent_tfds cannot be read .*no_such_dataset_anywhere'),
