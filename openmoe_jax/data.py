@@ -201,6 +201,7 @@ class TrainStreams:
     for task in mixture.tasks:
       _require_documents(task, data, ids)
     self._documents = {f'documents of {task.name}': task.source.fingerprint(data.train_split) for task in mixture.tasks}
+    self._rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     self._datasets = {i: _stream_dataset(data, mixture, i) for i in ids}
     self._iterators = {}  # Made on first use, since `restore` and `skip` want others.
     self._batches = 0
@@ -236,7 +237,7 @@ class TrainStreams:
     return dict(mixture_or_task=data.mixture_or_task, task_feature_lengths=dict(data.task_feature_lengths),
                 split=data.train_split, pack=data.pack, seed=data.seed, shuffle=data.shuffle,
                 num_streams=data.num_streams, batch_size=data.batch_size, use_cached=data.use_cached,
-                **self._documents)
+                rates=self._rates, **self._documents)
 
   def state(self) -> Dict[int, bytes]:
     """Each stream's position: exactly after the batches handed out, whatever is prefetched already."""

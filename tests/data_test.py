@@ -434,6 +434,24 @@ def test_positions_of_other_documents_are_refused_and_old_headers_are_not(monkey
     changed.restore({0: _with_header(state[0], lambda saved: {**without_new_keys(saved), 'use_cached': True})})
 
 
+def test_positions_of_other_rates_or_tasks_are_refused():
+  data = settings(mixture_or_task='numbers_changing', num_streams=1)
+  state = None
+  for tasks in ([('numbers_a', 3), ('numbers_b', 1)], [('numbers_a', 1), ('numbers_b', 3)], [('numbers_a', 3)]):
+    seqio.MixtureRegistry.add('numbers_changing', tasks)
+    try:
+      streams = data_lib.TrainStreams(data)
+      state = state or streams.state()
+      if tasks[0] == ('numbers_a', 3) and len(tasks) == 2:
+        streams.restore(state)
+        continue
+      with pytest.raises(ConfigError, match=r"rates: {'numbers_a': 3.0, 'numbers_b': 1.0} then, {.*} now") as error:
+        streams.restore(state)
+      assert '\n' not in str(error.value)
+    finally:
+      seqio.MixtureRegistry.remove('numbers_changing')
+
+
 def test_positions_after_skipping_can_be_restored():
   data = settings(num_streams=2)
   streams = data_lib.TrainStreams(data)
