@@ -66,8 +66,9 @@ def make_context(config: ModelConfig, batch) -> BlockContext:
             f'[batch, length], the same for all features: {jnp.shape(batch.get(name, 0))}; that of decoder_input_tokens '
             f'is {shape}')
   tokens = jnp.asarray(batch['decoder_input_tokens'])
-  require(jnp.issubdtype(tokens.dtype, jnp.integer), f'decoder_input_tokens has the dtype {tokens.dtype}; token ids are '
-          'integers')
+  for name in needed[:2]:
+    dtype = jnp.asarray(batch[name]).dtype
+    require(jnp.issubdtype(dtype, jnp.integer), f'{name} has the dtype {dtype}; token ids are integers')
   tokens = tokens.astype(jnp.int32)
   segment_ids = batch.get('decoder_segment_ids')
   return BlockContext(

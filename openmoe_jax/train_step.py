@@ -55,7 +55,7 @@ def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool
   if record is not None:
     loss += config.aux_loss_factor * jnp.mean(record.auxiliary_loss)
     loss += config.router_z_loss_factor * jnp.mean(record.router_z_loss)
-  return loss, metrics_lib.batch_means(sums, num_targets, loss, record)
+  return loss, jax.lax.stop_gradient(metrics_lib.batch_means(sums, num_targets, loss, record))
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
@@ -65,12 +65,14 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
     ConfigError: the rows do not divide, or the batch already has another number of microbatches.
   """
   require(num_microbatches > 0, f'num_microbatches = {num_microbatches} must be positive')
+  require('decoder_target_tokens' in batch, f'the batch lacks decoder_target_tokens; it has {", ".join(sorted(batch))}')
 
   def split(name, x):
     if x.ndim == 3:
       require(x.shape[0] == num_microbatches, f'{name} has {x.shape[0]} microbatches, num_microbatches = '
               f'{num_microbatches}')
       return x
+    require(x.ndim == 2, f'{name} has the shape {x.shape}; [batch, length] or [microbatch, rows, length] is needed')
     require(x.shape[0] % num_microbatches == 0, f'{name} has {x.shape[0]} rows: not a multiple of num_microbatches = '
             f'{num_microbatches}')
     return x.reshape(num_microbatches, x.shape[0] // num_microbatches, *x.shape[1:])

@@ -1,5 +1,5 @@
-"""Chunked cross-entropy against the plain formula: values, gradients, edge cases, a vocabulary over several devices, and
-what it keeps in memory."""
+"""Chunked cross-entropy against the plain formula: values, gradients, edge cases, a vocabulary over several devices,
+and what it keeps in memory."""
 
 import functools
 

@@ -186,7 +186,7 @@ def products(jaxpr):
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
 def test_router_logits_are_not_rounded(dtype):
-  """An accelerator's default precision would flip decisions: the router's product and its two gradients say 'highest'."""
+  """An accelerator's default precision would flip decisions: the router's product and its gradients say 'highest'."""
   config = model(num_layers=1, moe_interval=1, num_experts=5, dtype=dtype)  # no other kernel is 8 x 5
   batch, params = make_batch(), params_of(config)
   program = jax.make_jaxpr(jax.grad(lambda p: loss_and_metrics(config, p, batch)[0]))(params)

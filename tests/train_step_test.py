@@ -1,5 +1,5 @@
-"""The training and evaluation steps beyond parity: whose arrays they use, sums over microbatches, label smoothing, and what
-they say about batches, keys and layouts that cannot work."""
+"""The training and evaluation steps beyond parity: whose arrays they use, sums over microbatches, label smoothing, and
+what they say about batches, keys and layouts that cannot work."""
 
 import functools
 
@@ -176,7 +176,8 @@ def refused(call, *parts):
 
 def both_calls(config, params, batch):
   """The two ways into the model."""
-  return (lambda: loss_and_metrics(config, params, batch), lambda: OpenMoE(config).apply({'params': params}, batch, True))
+  return (lambda: loss_and_metrics(config, params, batch),
+          lambda: OpenMoE(config).apply({'params': params}, batch, True))
 
 
 def test_dropout_needs_a_key():
@@ -203,8 +204,9 @@ def test_parameters_of_the_other_layout(scan_blocks):
     (dict(decoder_loss_weights=np.ones((ROWS, 1), np.float32)), ('decoder_loss_weights', f'({ROWS}, 1)')),
     (dict(decoder_input_tokens=np.ones(LENGTH, np.int32), decoder_target_tokens=np.ones(LENGTH, np.int32)),
      ('decoder_input_tokens', '[batch, length]', f'({LENGTH},)')),
-    (dict(decoder_input_tokens=np.ones((ROWS, LENGTH), np.float32)), ('decoder_input_tokens', 'dtype float32'))),
-    ids=('targets', 'weights', 'one row', 'floats'))
+    (dict(decoder_input_tokens=np.ones((ROWS, LENGTH), np.float32)), ('decoder_input_tokens', 'dtype float32')),
+    (dict(decoder_target_tokens=np.ones((ROWS, LENGTH), np.float32)), ('decoder_target_tokens', 'dtype float32'))),
+    ids=('targets', 'weights', 'one row', 'floats', 'float targets'))
 def test_batches_that_cannot_be(changes, parts):
   config = model(num_experts=0)
   params = params_of(config)
@@ -217,3 +219,17 @@ def test_no_microbatches():
     refused(lambda: split_microbatches(make_batch(), number), f'num_microbatches = {number}')
   config = model(num_experts=0)
   refused(lambda: first_step(config, params_of(config), make_batch(), 0), 'num_microbatches = 0')
+
+
+def test_batches_that_cannot_be_split():
+  refused(lambda: split_microbatches({name: x[0] for name, x in make_batch().items()}, 2), f'has the shape ({LENGTH},)')
+  refused(lambda: split_microbatches({'decoder_input_tokens': make_batch()['decoder_input_tokens']}, 2),
+          'lacks decoder_target_tokens')
+
+
+def test_metrics_carry_no_gradient():
+  config = model(num_experts=4)
+  params, batch = params_of(config), make_batch()
+  for name in ('loss', 'cross_ent_loss', 'auxiliary_loss', 'router_z_loss'):
+    grads = jit(jax.grad(lambda p, name=name: loss_and_metrics(config, p, batch)[1][name]))(params)
+    assert all(not np.any(x) for x in jax.tree.leaves(grads)), name
