@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from openmoe_jax import mixtures
-from openmoe_jax.config import ConfigError, DataConfig, require
+from openmoe_jax.config import DataConfig, require
 from openmoe_jax.iterator_state import iterator_from_bytes, iterator_to_bytes
 from openmoe_jax.partitioning import batch_sharding
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow  # pylint: disable=unused-import
@@ -118,10 +118,8 @@ def _stream_task(data: DataConfig, task: Any) -> Any:
   """The task over a source that streams endlessly: its own or, with `use_cached`, its cached files."""
   source, preprocessors = task.source, list(task.preprocessors)
   if data.use_cached:
-    try:
+    with mixtures.reading(task):  # There may be no cache.
       source = task._get_cached_source(data.train_split)  # pylint: disable=protected-access
-    except Exception as error:  # There is no cache.
-      raise mixtures.read_error(task, error) from error
     placeholder = import_seqio().CacheDatasetPlaceholder
     step, = [i for i, part in enumerate(preprocessors) if isinstance(part, placeholder)]
     preprocessors = preprocessors[step + 1:]
@@ -134,13 +132,9 @@ def _stream_dataset(data: DataConfig, mixture: Any, stream: int) -> Any:
   seqio = import_seqio()
   from openmoe_jax.feature_converters import decoder_converter
   seed, shard = _stream_seed(data.seed, stream), seqio.ShardInfo(stream, data.num_streams)
-  try:
+  with mixtures.reading(mixture):  # A task may forbid shuffling.
     dataset = mixture.get_dataset(data.task_feature_lengths, split=data.train_split, shuffle=data.shuffle, seed=seed,
                                   shard_info=shard, num_epochs=None, trim_output_features=False, try_in_mem_cache=False)
-  except ConfigError:
-    raise
-  except Exception as error:  # Shuffling that a task forbids, and whatever a source's reader raises.
-    raise mixtures.read_error(mixture, error) from error
   converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
   dataset = converter(dataset, data.task_feature_lengths)
   return dataset.batch(data.batch_size // data.num_streams, drop_remainder=True).prefetch(1).with_options(_options())
@@ -151,12 +145,8 @@ def _require_documents(task: Any, data: DataConfig, streams: Sequence[int]) -> N
   split = data.train_split
   for stream in streams:
     shard = import_seqio().ShardInfo(stream, data.num_streams)
-    try:
+    with mixtures.reading(task):
       found = any(map(_has_text, task.source.documents(split, False, 0, shard).as_numpy_iterator()))
-    except ConfigError:
-      raise
-    except Exception as error:  # Whatever the source's reader raises, it is about the user's data.
-      raise mixtures.read_error(task, error) from error
     require(found, f'task {task.name} has no text for stream {stream} of {data.num_streams} in split {split!r}: '
             'there are fewer documents or files than streams (lower DataConfig.num_streams), or they are empty')
 
@@ -308,14 +298,10 @@ def eval_batches(data: DataConfig, source: str) -> Iterator[Batch]:
   from openmoe_jax.feature_converters import decoder_converter
   provider = mixtures.provider_for(data, source, data.eval_split)
   rows = data.eval_batch_size or data.batch_size
-  try:
+  with mixtures.reading(provider):
     dataset = provider.get_dataset(data.task_feature_lengths, split=data.eval_split, use_cached=data.use_cached,
                                    shuffle=False, seed=0, num_epochs=1, trim_output_features=False,
                                    try_in_mem_cache=False)
-  except ConfigError:
-    raise
-  except Exception as error:  # Whatever the source's reader raises, it is about the user's data.
-    raise mixtures.read_error(provider, error) from error
   converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
   dataset = converter(dataset, data.task_feature_lengths).batch(rows)
   if data.eval_batches:

@@ -1,10 +1,11 @@
 """Tasks and mixtures by name: registered, checked against the settings, and with errors that say what to do."""
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
-from typing import Any, List
+from typing import Any, Iterator, List
 
 from openmoe_jax import vocabulary
 from openmoe_jax.config import ConfigError, DataConfig, require
@@ -70,10 +71,8 @@ def provider_for(data: DataConfig, name: str, split: str, setting: str = 'DataCo
     _check_vocabularies(task)
     require(not data.use_cached or task.supports_caching, f'DataConfig.use_cached = True, but task {task.name} cannot '
             'be cached: it has no seqio.CacheDatasetPlaceholder among its preprocessors, or its source forbids it')
-  try:
+  with reading(provider):  # TFDS looks for its files then.
     splits = set(provider.splits)
-  except Exception as error:  # TFDS looks for its files then.
-    raise read_error(provider, error) from error
   require(split in splits, f'{name} has no split {split!r}; it has {_listed(splits)}' + (
       "; DataConfig.eval_split = '' trains without evaluation" if split == data.eval_split else ''))
   return provider
@@ -97,6 +96,17 @@ def _check_vocabularies(task: Any) -> None:
 
 def _listed(names: Any) -> str:
   return ', '.join(map(repr, sorted(names))) or 'nothing'
+
+
+@contextlib.contextmanager
+def reading(task: Any) -> Iterator[None]:
+  """Whatever a source's reader raises in this block is about the user's data, and becomes a `ConfigError` that says so."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise read_error(task, error) from error
 
 
 def read_error(task: Any, error: BaseException) -> ConfigError:
