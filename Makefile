@@ -1,5 +1,5 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
-# make test      the quick tests              make test-all   the slow ones
+# make test      the quick tests              make test-all   the slow ones, and those that need PyTorch
 # make bench     speed of one training step   make clean      remove .venv
 #
 # The first of these also creates the virtual environment .venv from requirements.lock; nothing outside this folder is
@@ -15,11 +15,12 @@ PYTHON ?= $(shell for python in $(NAMES); do \
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.openmoe_jax_installed
+TORCH_INSTALLED := $(VENV)/.openmoe_jax_torch_installed
 DEMO_DIR := runs/demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench install clean
+.PHONY: demo test test-all bench install install-torch clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -29,15 +30,17 @@ demo: $(INSTALLED)
 	@echo "  TensorBoard: $(VENV)/bin/tensorboard --logdir=$(DEMO_DIR)"
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch"
 
-test-all: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m slow
+test-all: $(TORCH_INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch"
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
 
 install: $(INSTALLED)
+
+install-torch: $(TORCH_INSTALLED)
 
 # --no-deps: t5 declares seqio-nightly and tfds-nightly, which overwrite the folders of seqio and tensorflow-datasets.
 # --no-compile: half of the files are never imported; Python compiles the others when they are.
@@ -50,6 +53,12 @@ $(INSTALLED): requirements.lock setup.py pyproject.toml
 	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV) ($$($(VENV)/bin/python --version), 4 GB, one to three minutes, this once)"
 	@$(PIP) install --quiet --no-deps --no-compile -r requirements.lock
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TORCH_INSTALLED): $(INSTALLED) requirements-torch.lock
+	@echo "Installing PyTorch and transformers into $(VENV)"
+	@$(PIP) install --quiet --no-compile -r requirements-torch.lock 2>&1 | grep -v "^WARNING\|dependency conflicts\|^t5 " || true
+	@$(VENV)/bin/python -c "import torch, transformers"
 	@touch $@
 
 clean:

@@ -24,6 +24,7 @@ REQUIREMENTS = [
     'importlib_resources>=6',
     'jax>=0.10,<0.13',
     'matplotlib>=3.8',
+    'ml_dtypes>=0.5',
     'numpy>=2.0',
     'optax>=0.2.6,<0.3',
     'orbax-checkpoint>=0.12,<0.13',
@@ -33,6 +34,7 @@ REQUIREMENTS = [
     'seqio>=0.0.20,<0.1',
     't5>=0.9.4,<0.10',
     'tensorboard>=2.20',
+    'tensorstore>=0.1.70',
     'tensorflow>=2.20,<3',
     'tensorflow-datasets>=4.9.9,<5',
     'tensorflow-text>=2.20,<3',
@@ -79,7 +81,7 @@ setup(
     extras_require={
         'tpu': ['jax[tpu]>=0.10,<0.13'],
         'gpu': ['jax[cuda12]>=0.10,<0.13'],
-        'torch': ['torch>=2.6', 'transformers>=4.50', 'safetensors>=0.5', 'huggingface-hub>=0.30'],
+        'torch': ['torch>=2.6', 'transformers>=4.50,<6', 'tokenizers>=0.21', 'safetensors>=0.5', 'accelerate>=1'],
         'eval': ['lm-eval>=0.4.9'],
         'test': ['hypothesis>=6.100', 'pytest>=8', 'pytest-xdist>=3.5'],
     },
@@ -87,6 +89,7 @@ setup(
         'console_scripts': [
             'openmoe-train = openmoe_jax.train:main',
             'openmoe-inspect = openmoe_jax.inspection:main',
+            'openmoe-convert = openmoe_jax.conversion:main',
         ],
     },
     classifiers=[

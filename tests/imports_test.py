@@ -22,8 +22,8 @@ LAYERS = (
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress'),
-    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis'),
-    ('command_line', 'inspection', 'loading', 'replay', 'training_loop', 'train', 'tasks', 'tools'),
+    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert'),
+    ('command_line', 'conversion', 'inspection', 'loading', 'replay', 'training_loop', 'train', 'tasks', 'tools'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.

@@ -19,14 +19,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PIN = re.compile(r'(?P<name>[A-Za-z0-9._-]+)==(?P<version>[0-9]+(\.[0-9]+)*(\.post[0-9]+)?)')
 
 
-def lock_lines():
-  lines = (ROOT / 'requirements.lock').read_text().splitlines()
+LOCKS = ('requirements.lock', 'requirements-torch.lock')
+
+
+def lock_lines(file='requirements.lock'):
+  lines = (ROOT / file).read_text().splitlines()
   return [line for line in lines if line and not line.startswith('#')]
 
 
-def locked():
+def locked(file='requirements.lock'):
   """{canonical name: version}."""
-  pins = [PIN.match(line) for line in lock_lines()]
+  pins = [PIN.match(line) for line in lock_lines(file)]
   return {canonicalize_name(pin['name']): pin['version'] for pin in pins}
 
 
@@ -42,8 +45,9 @@ def setup_arguments(monkeypatch, version=None, command='egg_info'):
   return captured
 
 
-def test_lock_is_public_releases_only():
-  lines = lock_lines()
+@pytest.mark.parametrize('file', LOCKS)
+def test_lock_is_public_releases_only(file):
+  lines = lock_lines(file)
   for line in lines:
     assert re.fullmatch(PIN.pattern + r'(; python_version [<>=]+ "3\.1[0-9]")?', line), (
         f'{line!r} is not a plain pin of a public release')
@@ -59,6 +63,14 @@ def test_lock_satisfies_setup(monkeypatch):
   for text in arguments['install_requires'] + arguments['extras_require']['test']:
     requirement = Requirement(text)
     assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_torch_lock_only_adds(monkeypatch):
+  pins, more = locked(), locked('requirements-torch.lock')
+  assert not set(pins) & set(more), 'a package is pinned in both files'
+  for text in setup_arguments(monkeypatch)['extras_require']['torch']:
+    requirement = Requirement(text)
+    assert requirement.specifier.contains(more[canonicalize_name(requirement.name)]), text
 
 
 @pytest.mark.parametrize('folder', sorted(environment.OWNERS))
