@@ -7,9 +7,14 @@ import jax
 import numpy as np
 
 from openmoe_jax import checkpoints
+from openmoe_jax import config as config_lib
+from openmoe_jax import names
 from openmoe_jax import partitioning
 from openmoe_jax import paths
 from openmoe_jax.config import ConfigError, ModelConfig
+from openmoe_jax.convert import hf_tokenizer
+from openmoe_jax.convert.huggingface import HuggingFaceSource
+from openmoe_jax.convert.tensors import PARAMS
 from openmoe_jax.train_state import init_params
 
 
@@ -41,7 +46,8 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
   """Reads the parameters of a checkpoint; what it is follows from the config.json beside it, gin is not involved.
 
   Args:
-    path: local or gs://; a model_dir, its `checkpoints` folder (both: newest step), or one step's folder.
+    path: local or gs://; a model_dir, its `checkpoints` folder (both: newest step), or one step's folder; or a Hugging
+      Face folder, a released one or one that `openmoe-convert` wrote.
     mesh: devices to put the parameters on; the first device of this machine if not given.
     **changes: fields of ModelConfig that differ from training, such as dtype='bfloat16' or scan_blocks=True.
 
@@ -49,19 +55,45 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
     ConfigError: there is no checkpoint, or it does not fit the changes.
     CheckpointError: it is damaged.
   """
-  directory = checkpoints.resolve(path)
   if mesh is None:
     mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+  if is_hugging_face(path):
+    return _from_hugging_face(path, mesh, changes)
+  directory = checkpoints.resolve(path)
   try:
     run = checkpoints.read_config(directory)
     progress = checkpoints.read_progress(directory)
     config = checkpoints.read_model_config(directory).replace(**changes)
-    shapes = jax.eval_shape(lambda: init_params(config, 0))
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                            partitioning.tree_shardings(shapes, mesh))
-    params = checkpoints.read_item(directory, 'params', config, template, progress)
+    params = checkpoints.read_item(directory, 'params', config, _template(config, mesh), progress)
   except (ConfigError, TypeError):
     raise
   except Exception as error:
     raise checkpoints.CheckpointError(f'{directory} cannot be read: {checkpoints.one_line(error)}') from error
   return Model(config, params, progress['step'], run)
+
+
+def _template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes of the parameters with their shardings."""
+  shapes = jax.eval_shape(lambda: init_params(config, 0))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                      partitioning.tree_shardings(shapes, mesh))
+
+
+def is_hugging_face(path: paths.PathLike) -> bool:
+  """Whether a folder holds config.json beside weights of PyTorch."""
+  found = paths.entries(path)
+  return 'config.json' in found and any(name.endswith(('.safetensors', '.bin', '.index.json')) for name in found)
+
+
+def _from_hugging_face(path: paths.PathLike, mesh: jax.sharding.Mesh, changes: Dict[str, Any]) -> Model:
+  source = HuggingFaceSource(path)
+  config = source.model.replace(**changes)
+  flat = {name: source.read(PARAMS + name) for name in names.t5x_shapes(config)}
+  shardings = jax.tree.map(lambda x: x.sharding, _template(config, mesh))
+  run = dict(source.run) or config_lib.to_dict(config_lib.RunConfig(model=config))
+  vocabulary = paths.path(path) / 'spiece.model'
+  if vocabulary.exists():
+    run['data'] = {**run['data'], 'vocabulary': str(vocabulary)}
+    if hf_tokenizer.has_sentinels(vocabulary.read_bytes()):
+      run['data']['extra_ids'] = 0
+  return Model(config, jax.tree.map(jax.device_put, names.from_t5x_names(config, flat), shardings), source.step, run)

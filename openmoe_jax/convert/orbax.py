@@ -69,6 +69,7 @@ class OrbaxSource(Source):
     self.model = checkpoints.read_model_config(directory)
     self.step = progress['step']
     self._sums = progress['checksums']
+    self.checksums = 'they have the checksums that they were written with'
     self.fingerprint = {'step': self.step, 'checksums': self._sums}
     items = ['params']
     # Another optimizer's state has no counterpart in other formats.
@@ -134,8 +135,10 @@ def _spec(folder: epath.Path, array: str) -> Dict[str, Any]:
   inside = array.replace('/', '.')
   if (folder / 'manifest.ocdbt').exists():
     base = zarr_files.kvstore(folder)
-    return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{inside}/'}}
-  return {'driver': 'zarr', 'kvstore': zarr_files.kvstore(folder / inside)}
+    store = {'driver': 'ocdbt', 'base': base, 'path': f'{inside}/'}
+  else:
+    store = zarr_files.kvstore(folder / inside)
+  return {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}  # else missing chunks are zeros
 
 
 class OrbaxSink(Sink):

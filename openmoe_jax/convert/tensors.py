@@ -53,6 +53,7 @@ class Source(abc.ABC):
     tensors: name -> TensorInfo, complete and checked against `model` before anything is read.
     step: training steps done.
     run: the configuration of the run it comes from, as the dictionary of config.json; {} where nobody knows.
+    checksums: what `check` compares, in words.
     fingerprint: JSON values that change when the checkpoint does; an interrupted conversion goes on only if they agree.
   """
   where: str
@@ -60,6 +61,7 @@ class Source(abc.ABC):
   tensors: Dict[str, TensorInfo]
   step: int = 0
   run: Mapping[str, Any] = {}
+  checksums: str = 'the format holds no checksums of its own'
   fingerprint: Any = None
 
   def axis(self, name: str) -> int:
