@@ -1,6 +1,7 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
 # make test      the quick tests              make test-all   the slow ones, and those that need PyTorch
 # make bench     speed of one training step   make clean      remove .venv
+# make conversion-study   memory and speed of conversions at the base model's size
 #
 # The first of these also creates the virtual environment .venv from requirements.lock; nothing outside this folder is
 # changed.  Another Python: make demo PYTHON=python3.12     Another environment: make test VENV=/path/to/venv
@@ -20,7 +21,7 @@ DEMO_DIR := runs/demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench install install-torch clean
+.PHONY: demo test test-all bench conversion-study install install-torch clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -37,6 +38,10 @@ test-all: $(TORCH_INSTALLED)
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
+
+# 13 GB of disk, five minutes.
+conversion-study: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.conversion_study --gin_file=models/openmoe_base.gin
 
 install: $(INSTALLED)
 

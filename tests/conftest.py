@@ -1,6 +1,8 @@
-"""What every test runs under: 8 fake CPU devices, a quiet TensorFlow, examples that are the same on every run."""
+"""What every test runs under: 8 fake CPU devices, a quiet TensorFlow, examples that are the same on every run, and no
+cache of the user's."""
 
 import os
+import tempfile
 
 import hypothesis
 
@@ -10,6 +12,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# transformers copies the code of a model's folder to here: a place for every process, that is not the user's.
+_MODULES = tempfile.TemporaryDirectory(prefix='openmoe_jax_modules_')
+os.environ['HF_MODULES_CACHE'] = _MODULES.name
 
 # No deadline: the first example of a property compiles. A failing example is printed and stays the same.
 hypothesis.settings.register_profile('openmoe_jax', deadline=None, derandomize=True, print_blob=True)

@@ -24,7 +24,6 @@ from openmoe_jax.tensorflow_setup import import_seqio
 
 _FOLDERS = tempfile.TemporaryDirectory(prefix='convert_hf_tokenizer_test_')  # gone when the process ends
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # a look at the network is an error, not a delay
-os.environ.setdefault('HF_MODULES_CACHE', os.path.join(_FOLDERS.name, 'modules'))  # not into the user's cache
 try:
   import transformers
 except ImportError:

@@ -31,7 +31,8 @@ def save(folder, **changes):
   run = tiny_run.tiny_run(folder, model={**MODEL, **changes.pop('model', {})}, **changes)
   template, _ = born_sharded(run, make_optimizer(run.optimizer, 100), make_mesh(run.mesh, jax.devices()[:1]))
   rng = np.random.default_rng(0)
-  number = lambda x: rng.standard_normal(x.shape).astype(x.dtype) if x.dtype == np.float32 else np.full(x.shape, 7, x.dtype)
+  number = lambda x: (rng.standard_normal(x.shape).astype(x.dtype) if x.dtype == np.float32 else
+                      np.full(x.shape, 7, x.dtype))
   state = jax.tree.map(lambda x: jax.device_put(number(x), x.sharding), template)
   checkpointer = Checkpointer(run)
   checkpointer.save(state, {i: b'' for i in range(4)}, wait=True)

@@ -56,7 +56,8 @@ def test_the_safetensors_library_reads_ours_and_we_its(tmp_path):
   write(tmp_path / 'ours', arrays)
   for name, x in safetensors_torch.load_file(tmp_path / 'ours').items():
     np.testing.assert_array_equal(x.numpy(), arrays[name])
-  safetensors_torch.save_file({n: torch.from_numpy(np.array(x)).bfloat16() for n, x in arrays.items()}, tmp_path / 'theirs')
+  halves = {n: torch.from_numpy(np.array(x)).bfloat16() for n, x in arrays.items()}
+  safetensors_torch.save_file(halves, tmp_path / 'theirs')
   places = safetensors_places(epath.Path(tmp_path / 'theirs'))
   for name, x in arrays.items():
     got = Reader().read(places[name], 0, x.shape[0] if x.ndim else 1)

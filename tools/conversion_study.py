@@ -102,7 +102,8 @@ def same(first: Any, second: Any) -> bool:
     axis = second.axis(name)
     rows = part_rows(info, axis)
     for start in range(0, info.shape[axis], rows):
-      a, b = (np.ascontiguousarray(s.read(name, axis, start, start + rows)).view(np.uint8) for s in (first, second))
+      stop = min(start + rows, info.shape[axis])
+      a, b = (np.ascontiguousarray(s.read(name, axis, start, stop)).view(np.uint8) for s in (first, second))
       if not np.array_equal(a, b):
         return False
   return True

@@ -22,7 +22,7 @@ from openmoe_jax.convert.torch_names import TorchName, torch_names
 
 MANIFEST, RUN = 'openmoe_manifest.json', 'openmoe_run.json'
 _INDEXES = ('model.safetensors.index.json', 'model.safetensors', 'pytorch_model.bin.index.json', 'pytorch_model.bin')
-_MODEL_CODE = ('configuration_openmoe.py', 'modeling_openmoe.py')
+_MODEL_CODE = ('configuration_openmoe.py', 'feedforward_openmoe.py', 'modeling_openmoe.py')
 _IGNORED = '.rotary_emb.inv_freq'  # a constant that some versions of the PyTorch code save
 
 

@@ -58,7 +58,8 @@ def transfer(source: Source, sink: Sink, destination: paths.PathLike, dtype: Opt
   folder = target.parent / f'{target.name}.partial' if paths.is_local(target) else target
   with _alone(folder):
     plan = json.loads(json.dumps({'source': source.fingerprint, 'sink': sink.describe(),
-                                  'tensors': {name: [list(i.shape), str(i.dtype)] for name, i in tensors.items()}}))
+                                  'tensors': {name: [list(i.shape), str(i.dtype), axes[name], part_rows(i, axes[name])]
+                                              for name, i in tensors.items()}}))
     done = _resume(folder, plan, say)
     missing = [name for name in order if name not in done]
     _check_room(folder, sum(tensors[name].nbytes for name in missing))

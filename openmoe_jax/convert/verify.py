@@ -76,7 +76,8 @@ def jax_logits(source: Source, tokens: np.ndarray) -> np.ndarray:
   batch = {'decoder_input_tokens': jnp.asarray(inputs), 'decoder_target_tokens': jnp.asarray(tokens)}
   if config.inputs_bidirectional_attention:
     batch['decoder_causal_attention'] = jnp.zeros_like(batch['decoder_input_tokens'])
-  return np.asarray(jax.jit(lambda p: OpenMoE(config).apply({'params': p}, batch))(params))
+  logits = np.asarray(jax.jit(lambda p: OpenMoE(config).apply({'params': p}, batch))(params))
+  return np.where(tokens[..., None] != 0, logits, 0)
 
 
 class _Lazily(Dict[str, Any]):
