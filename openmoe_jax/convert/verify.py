@@ -99,9 +99,9 @@ def torch_logits(folder: paths.PathLike, tokens: np.ndarray) -> Optional[np.ndar
     import transformers
   except ImportError:
     return None
-  torch.manual_seed(0)
+  transformers.utils.logging.disable_progress_bar()
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      str(paths.path(folder)), trust_remote_code=True, torch_dtype=torch.float32, capacity_mode='none').eval()
+      str(paths.path(folder)), trust_remote_code=True, capacity_mode='none').float().eval()
   inputs = torch.from_numpy(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1].astype(np.int64))
   mask = torch.from_numpy((tokens != 0).astype(np.int64))
   with torch.no_grad():
