@@ -22,7 +22,7 @@ LAYERS = (
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress'),
-    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert'),
+    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench'),
     ('command_line', 'conversion', 'inspection', 'loading', 'replay', 'training_loop', 'train', 'tasks', 'tools'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
