@@ -17,6 +17,8 @@ _WHERE = {
     'make_train_step': 'train_step',
     'make_eval_step': 'train_step',
     'load': 'loading',
+    'generate': 'decoding',
+    'score': 'scoring',
 }
 __all__ = sorted(_WHERE)
 __version__ = '0.1.0'

@@ -4,7 +4,7 @@ Shapes: B batch, L length, D emb, H heads, K head_dim; q and k index positions o
 """
 
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple, Union
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,9 @@ class BlockContext(NamedTuple):
     logit_mask: bool [B, L], SPEC 1.2.
     segment_ids: int32 [B, L] or None, of a packed batch.
     bidirectional: bool [B, L] or None: positions that see each other both ways.
+    slot: int32 [] or None: where in the cache a single-token step puts its key and value.
+    cached: bool [B, S] or None: slots of the cache that it sees, its own included.
+    block: int32 [] or None: the block being run, where caches carry a leading axis of blocks.
   """
   token_ids: jax.Array
   positions: jax.Array
@@ -38,6 +41,18 @@ class BlockContext(NamedTuple):
   logit_mask: jax.Array
   segment_ids: Optional[jax.Array] = None
   bidirectional: Optional[jax.Array] = None
+  slot: Optional[jax.Array] = None
+  cached: Optional[jax.Array] = None
+  block: Optional[jax.Array] = None
+
+
+class KeysValues(NamedTuple):
+  """Rotated keys, and values, of one layer: [B, H, S, K] each, in the activation dtype.
+
+  A key is turned by its own position once and for all, so the order of the slots means nothing.
+  """
+  key: jax.Array
+  value: jax.Array
 
 
 def make_logit_mask(token_ids: jax.Array) -> jax.Array:
@@ -110,11 +125,17 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention: x [B, L, D] -> [B, L, D]. Kernels are 2-D, heads outermost in their columns."""
+  """Multi-head self-attention: x [B, L, D] -> [B, L, D]. Kernels are 2-D, heads outermost in their columns.
+
+  If `decoding` there is a second result: the `KeysValues` of these L positions, or, given a `cache` (then L = 1), the
+  cache with the position's key and value in it.
+  """
   config: ModelConfig
+  decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[KeysValues] = None
+               ) -> Union[jax.Array, Tuple[jax.Array, KeysValues]]:
     config = self.config
     heads, head_dim = config.num_heads, config.head_dim
     init = normal_init(config.init_scale, config.emb_dim)
@@ -126,15 +147,50 @@ class SelfAttention(nn.Module):
       return constrain(linear(x, kernel).reshape(*x.shape[:2], heads, head_dim), 'batch', 'length', 'heads', 'kv')
 
     q, k, v = project('query', query_init), project('key', init), project('value', init)
-    sin, cos = rope_tables(x.shape[1], head_dim)
+    if cache is None:
+      sin, cos = rope_tables(x.shape[1], head_dim)
+    else:
+      sin, cos = (table[context.positions] for table in rope_tables(cache.key.shape[-2] + 1, head_dim))
     q, k = apply_rope(q, sin, cos), apply_rope(k, sin, cos)
     keep = None
     if train and config.dropout_rate:  # one mask of keys for all queries of a row and head, as in T5X
       keep = Dropout(config.dropout_rate)(jnp.ones((x.shape[0], heads, 1, x.shape[1]), x.dtype), train)
-    out = blocked_attention(q, k, v, context, config.attention_query_blocks, keep)
+    new = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    if cache is None:
+      out = blocked_attention(q, k, v, context, config.attention_query_blocks, keep)
+    else:  # Written before it is read: the other way round XLA would copy the cache in every step.
+      new = write_slot(cache, new, context)
+      out = cached_attention(q, read_block(new, context), context.cached)
     out = constrain(out, 'batch', 'length', 'heads', 'kv').reshape(*x.shape[:2], heads * head_dim)
     out_init = normal_init(config.init_scale, heads * head_dim)
-    return linear(out, Kernel((heads * head_dim, config.emb_dim), out_init, name='out')().astype(config.dtype))
+    out = linear(out, Kernel((heads * head_dim, config.emb_dim), out_init, name='out')().astype(config.dtype))
+    return (out, new) if self.decoding else out
+
+
+def write_slot(cache: KeysValues, new: KeysValues, context: BlockContext) -> KeysValues:
+  """`cache` [.., B, H, S, K] with `new` [B, H, 1, K] in the step's slot, of the block being run if there are several."""
+  if context.block is None:
+    at = (0, 0, context.slot, 0)
+  else:
+    at, new = (context.block, 0, 0, context.slot, 0), jax.tree.map(lambda x: x[None], new)
+  return jax.tree.map(lambda cache, x: jax.lax.dynamic_update_slice(cache, x, at), cache, new)
+
+
+def read_block(cache: KeysValues, context: BlockContext) -> KeysValues:
+  """The [B, H, S, K] of the block being run."""
+  if context.block is None:
+    return cache
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, context.block, keepdims=False), cache)
+
+
+def cached_attention(q: jax.Array, cache: KeysValues, seen: jax.Array) -> jax.Array:
+  """One query a row, [B, 1, H, K], against the slots `seen` [B, S] of the cache: [B, 1, H, K]."""
+  scores = jnp.einsum('bqhd,bhsd->bhqs', q, cache.key).astype(jnp.float32)
+  scores = jnp.where(seen[:, None, None, :], scores, MASKED)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  out = jnp.einsum('bhqs,bhsd->bhqd', weights.astype(q.dtype), cache.value)
+  return (out / total).astype(q.dtype).swapaxes(1, 2)
 
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockContext, num_blocks: int,

@@ -12,7 +12,7 @@ from typing import Any, Mapping, Tuple
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
-DISPATCH_BACKENDS = ('sort', 'einsum')
+DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
 ROUTERS = ('top_k',)
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
@@ -72,7 +72,8 @@ class ModelConfig:
     min_expert_capacity: fewest slots per expert and group.
     num_expert_replicas: R of SPEC 2.1; the number of groups is a multiple of R*E.
     capacity_mode: 't5x' (SPEC 2.3), 'none' (no token is ever dropped), 'colossalai' (SPEC 9 a, b).
-    dispatch: 'sort' (gather and scatter) or 'einsum' (one-hot matrices, the reference); equal to rounding.
+    dispatch: 'sort' (gather and scatter) or 'einsum' (one-hot matrices, the reference), equal to rounding; 'dropless',
+      for capacity_mode = 'none': runs of rows instead of slots, nothing padded, all tokens one routing group.
     extra_mlp: an always-on feed-forward network behind the experts, with its own norm.
     parallel_moe: the paper's equation 4: experts and extra MLP read the same normalised input and are added together.
     mlp_activations: ('swiglu', 'linear') is the released models' three-factor gate with wi_0 [D, 2F];
@@ -160,6 +161,10 @@ class ModelConfig:
     if self.num_experts:
       require(self.num_selected_experts <= self.num_experts, 'ModelConfig.num_selected_experts = '
               f'{self.num_selected_experts} must be at most num_experts = {self.num_experts}')
+    require(self.dispatch != 'dropless' or self.capacity_mode == 'none', f"ModelConfig.dispatch = 'dropless' has no "
+            f"capacity: it needs capacity_mode = 'none', not {self.capacity_mode!r}")
+    require(self.dispatch != 'dropless' or not self.dropout_rate, "ModelConfig.dispatch = 'dropless' has no dropout: "
+            f'it needs dropout_rate = 0, not {self.dropout_rate}')
     require(not (self.parallel_moe and not self.extra_mlp),
             'ModelConfig.parallel_moe = True needs extra_mlp = True: it adds the two together')
 

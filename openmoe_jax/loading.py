@@ -1,7 +1,7 @@
 """Reads a trained model: `load('path or gs:// of a checkpoint')`."""
 
 import functools
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from openmoe_jax import config as config_lib
 from openmoe_jax import names
 from openmoe_jax import partitioning
 from openmoe_jax import paths
+from openmoe_jax import text_decoding
 from openmoe_jax.config import ConfigError, ModelConfig
 from openmoe_jax.convert import hf_tokenizer
 from openmoe_jax.convert.huggingface import HuggingFaceSource
@@ -26,20 +27,31 @@ class Model:
     params: parameters, in the layout of `config.scan_blocks`.
     step: training steps done.
     run: the whole configuration of the run, as the dictionary of config.json.
+    mesh: the devices of `params`, None for a single one.
     vocabulary: the seqio vocabulary it was trained with, read on first use.
   """
 
-  def __init__(self, config: ModelConfig, params: Any, step: int, run: Dict[str, Any]):
+  def __init__(self, config: ModelConfig, params: Any, step: int, run: Dict[str, Any],
+               mesh: Optional[jax.sharding.Mesh] = None):
     self.config = config
     self.params = params
     self.step = step
     self.run = run
+    self.mesh = mesh if mesh is not None and mesh.size > 1 else None
 
   @functools.cached_property
   def vocabulary(self) -> Any:
     from openmoe_jax import vocabulary  # TensorFlow: only for those who need text
     vocabulary.configure(self.run['data']['vocabulary'], self.run['data']['extra_ids'])
     return vocabulary.get()
+
+  def generate(self, texts: Sequence[str], max_new_tokens: int = 128, **options) -> List:
+    """Continues texts: a string for each, greedily by default; see `text_decoding.generate_texts` for the options."""
+    return text_decoding.generate_texts(self, texts, max_new_tokens, **{'mesh': self.mesh, **options})
+
+  def score(self, inputs: Sequence[str], targets: Sequence[str], **options) -> text_decoding.TextScores:
+    """Log-likelihood of each target given its input; see `text_decoding.score_texts` for the options."""
+    return text_decoding.score_texts(self, inputs, targets, **{'mesh': self.mesh, **options})
 
 
 def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **changes) -> Model:
@@ -69,7 +81,7 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
     raise
   except Exception as error:
     raise checkpoints.CheckpointError(f'{directory} cannot be read: {checkpoints.one_line(error)}') from error
-  return Model(config, params, progress['step'], run)
+  return Model(config, params, progress['step'], run, mesh)
 
 
 def _template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
@@ -96,4 +108,5 @@ def _from_hugging_face(path: paths.PathLike, mesh: jax.sharding.Mesh, changes: D
     run['data'] = {**run['data'], 'vocabulary': str(vocabulary)}
     if hf_tokenizer.has_sentinels(vocabulary.read_bytes()):
       run['data']['extra_ids'] = 0
-  return Model(config, jax.tree.map(jax.device_put, names.from_t5x_names(config, flat), shardings), source.step, run)
+  return Model(config, jax.tree.map(jax.device_put, names.from_t5x_names(config, flat), shardings), source.step, run,
+               mesh)

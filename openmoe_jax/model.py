@@ -1,13 +1,13 @@
 """OpenMoE: decoder layers, blocks scanned or unrolled, the decoder and the whole model (SPEC 1)."""
 
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from openmoe_jax.attention import BlockContext, SelfAttention, make_context
+from openmoe_jax.attention import BlockContext, KeysValues, SelfAttention, make_context
 from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
 from openmoe_jax.moe import MoE, RoutingRecord
@@ -30,13 +30,18 @@ def _remat(layer: Any, policy: str) -> Any:
 
 
 class DecoderLayer(nn.Module):
-  """Pre-norm decoder layer: attention, then an FFN, or experts and an extra FFN: x [B, L, D] -> (x, record)."""
+  """Pre-norm decoder layer: attention, then an FFN, or experts and an extra FFN: x [B, L, D] -> (x, record, new).
+
+  `new` are the keys and values to keep, see `SelfAttention`.
+  """
   config: ModelConfig
   sparse: bool
   record_routing: bool = False
+  decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, Optional[RoutingRecord]]:
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[KeysValues] = None
+               ) -> Tuple[jax.Array, Optional[RoutingRecord], Optional[KeysValues]]:
     config = self.config
     mask = context.logit_mask[:, :, None]
 
@@ -48,61 +53,81 @@ class DecoderLayer(nn.Module):
       y = Dropout(config.dropout_rate)(checkpoint_name(y, name), train)
       return constrain(x + y.astype(x.dtype), 'batch', 'length', 'embed')
 
-    attended = SelfAttention(config, name='self_attention')(normed('pre_self_attention_layer_norm'), context, train)
+    y = normed('pre_self_attention_layer_norm')
+    attended = SelfAttention(config, self.decoding, name='self_attention')(y, context, train, cache)
+    attended, new = attended if self.decoding else (attended, None)
     x = add(x, attended, 'attention_out')
     y = normed('pre_mlp_layer_norm')
     if not self.sparse:
-      return add(x, GatedMLP(config, name='mlp')(y, train), 'mlp_out'), None
+      return add(x, GatedMLP(config, name='mlp')(y, train), 'mlp_out'), None, new
 
     routed, record = MoE(config, self.record_routing, name='mlp')(y, train)
     if config.parallel_moe:  # the paper's equation 4
-      return add(add(x, routed, 'mlp_out'), GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out'), record
+      return add(add(x, routed, 'mlp_out'), GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out'), record, new
     x = add(x, routed, 'mlp_out')
     if config.extra_mlp:
       x = add(x, GatedMLP(config, name='extra_mlp')(normed('pre_extra_mlp_layer_norm'), train), 'extra_mlp_out')
-    return x, record
+    return x, record, new
 
 
 class Block(nn.Module):
-  """`moe_interval` layers, the last of which is sparse: the unit that is scanned."""
+  """`moe_interval` layers, the last of which is sparse: the unit that is scanned.
+
+  It carries x and, in a step of decoding, the cache of all blocks, of which it writes one slot a layer.
+  """
   config: ModelConfig
   record_routing: bool = False
+  decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, Optional[RoutingRecord]]:
-    record = None
+  def __call__(self, carry: Tuple[jax.Array, Optional[Sequence[KeysValues]]], context: BlockContext, train: bool,
+               index: Optional[jax.Array] = None):
+    (x, cache), context = carry, context._replace(block=index)
+    record, news = None, []
     for i in range(self.config.moe_interval):
-      x, record = _remat(DecoderLayer, self.config.remat)(
-          self.config, self.config.is_sparse(i), self.record_routing, name=f'layers_{i}')(x, context, train)
-    return x, record
+      x, record, new = _remat(DecoderLayer, self.config.remat)(
+          self.config, self.config.is_sparse(i), self.record_routing, self.decoding, name=f'layers_{i}')(
+              x, context, train, None if cache is None else cache[i])
+      news.append(new)
+    return (x, tuple(news) if cache is not None else None), (record, tuple(news) if cache is None else None)
 
 
 class Decoder(nn.Module):
   """Layers, final norm and the output matrix (whose product is left to the caller)."""
   config: ModelConfig
   record_routing: bool = False
+  decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool):
-    """[B, L, D] -> hidden [B, L, D] in the activation dtype, output kernel [D, V], RoutingRecord or None."""
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
+    """[B, L, D] -> hidden [B, L, D] in the activation dtype, output kernel [D, V], RoutingRecord or None, new.
+
+    `cache` and `new` hold a KeysValues per layer, or per layer of a block with a leading axis of blocks if
+    `scan_blocks`; `new` holds None unless `decoding`.
+    """
     config = self.config
     x = Dropout(config.dropout_rate)(x, train).astype(config.residual_dtype)
     if config.scan_blocks:
       blocks = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-                       in_axes=(nn.broadcast, nn.broadcast), length=config.num_blocks)
-      x, records = blocks(config, self.record_routing, name=STACKED)(x, context, train)
+                       in_axes=(nn.broadcast, nn.broadcast, 0), length=config.num_blocks)
+      index = None if cache is None else jnp.arange(config.num_blocks)
+      blocks = blocks(config, self.record_routing, self.decoding, name=STACKED)
+      (x, cache), (records, news) = blocks((x, cache), context, train, index)
+      news = news if cache is None else cache
     else:
-      records = []
+      records, news = [], []
       for i in range(config.num_layers):
-        x, record = _remat(DecoderLayer, config.remat)(
-            config, config.is_sparse(i), self.record_routing, name=f'layers_{i}')(x, context, train)
+        x, record, new = _remat(DecoderLayer, config.remat)(
+            config, config.is_sparse(i), self.record_routing, self.decoding, name=f'layers_{i}')(
+                x, context, train, None if cache is None else cache[i])
         records += [record] if record is not None else []
+        news.append(new)
       records = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records) if records else None
     x = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon, name='decoder_norm')(x)
     x = Dropout(config.dropout_rate)(jnp.where(context.logit_mask[:, :, None], x, 0), train)
     shape = (config.emb_dim, config.vocab_size)
     kernel = Kernel(shape, truncated_normal_init(config.init_scale), name='logits_dense')()
-    return constrain(x, 'batch', 'length', 'embed'), kernel, records
+    return constrain(x, 'batch', 'length', 'embed'), kernel, records, tuple(news)
 
 
 class OpenMoE(nn.Module):
@@ -112,14 +137,15 @@ class OpenMoE(nn.Module):
   dictionary of SPEC 10 (int32 [B, L] arrays): decoder_input_tokens, decoder_target_tokens (0 marks padding, which
   attends to nothing in particular and is not attended to), and, where the batch is packed or bidirectional,
   decoder_segment_ids and decoder_causal_attention. `train` chooses the capacity factor and turns dropout on
-  (`rngs={'dropout': key}`).
+  (`rngs={'dropout': key}`). `decoding` is for the method `cached`.
   """
   config: ModelConfig
   record_routing: bool = False
+  decoding: bool = False
 
   def setup(self):
     self.token_embedder = TokenEmbedder(self.config)
-    self.decoder = Decoder(self.config, self.record_routing)
+    self.decoder = Decoder(self.config, self.record_routing, self.decoding)
 
   def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> jax.Array:
     hidden, kernel, _ = self.features(batch, train)
@@ -137,9 +163,22 @@ class OpenMoE(nn.Module):
     """
     if not self.is_initializing():
       self._check_call(train)
-    context = make_context(self.config, batch)
+    return self._run(make_context(self.config, batch), train)[:3]
+
+  def cached(self, context: BlockContext, cache: Optional[Sequence[KeysValues]] = None):
+    """One pass of decoding: hidden [B, L, D], output kernel [D, V], and what `SelfAttention` gives of every layer.
+
+    Args:
+      context: of a whole prompt, or of one position a row.
+      cache: for a single position, keys and values of those before it; see `Decoder` for its structure.
+    """
+    self._check_call(train=False)
+    hidden, kernel, _, new = self._run(context, False, cache)
+    return hidden, kernel, new
+
+  def _run(self, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
     x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
-    return self.decoder(x, context, train)
+    return self.decoder(x, context, train, cache)
 
   def _check_call(self, train: bool) -> None:
     """Says in the terms of this library what Flax would say in its own."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.dispatch import apply_experts
+from openmoe_jax.dispatch import apply_experts, dropless
 from openmoe_jax.layers import Dropout, Kernel, gate, hidden_widths, normal_init
 from openmoe_jax.partitioning import constrain
 from openmoe_jax.routers.groups import group_tokens
@@ -51,21 +51,26 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-  """E feed-forward networks side by side: [E, G, C, D] -> [E, G, C, D]."""
+  """E feed-forward networks side by side: [E, G, C, D] -> [E, G, C, D].
+
+  With an `assignment` x is [G, T, D] and is sent to the experts and back without any capacity: float32 [G, T, D].
+  """
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool, assignment: Optional[TokenAssignment] = None) -> jax.Array:
     config = self.config
     experts, emb_dim, mlp_dim = config.num_experts, config.emb_dim, config.mlp_dim
+    init = normal_init(config.init_scale, emb_dim)
+    wi = [Kernel((experts, emb_dim, width), init, name=f'wi_{i}')() for i, width in enumerate(hidden_widths(config))]
+    wo = Kernel((experts, mlp_dim, emb_dim), normal_init(config.init_scale, mlp_dim), name='wo')()
+    if assignment is not None:
+      return dropless.apply_experts(x, assignment, wi, wo, config.mlp_activations)
     _, groups, capacity, _ = x.shape
     x = constrain(x, 'expert', 'expert_group', 'capacity', 'embed').reshape(experts, groups * capacity, emb_dim)
-    init = normal_init(config.init_scale, emb_dim)
-    hidden = [jnp.einsum('end,edf->enf', x, Kernel((experts, emb_dim, width), init, name=f'wi_{i}')().astype(x.dtype))
-              for i, width in enumerate(hidden_widths(config))]
+    hidden = [jnp.einsum('end,edf->enf', x, kernel.astype(x.dtype)) for kernel in wi]
     h = Dropout(config.dropout_rate)(gate(hidden, config.mlp_activations), train)
-    wo = Kernel((experts, mlp_dim, emb_dim), normal_init(config.init_scale, mlp_dim), name='wo')().astype(x.dtype)
-    y = jnp.einsum('enf,efd->end', h, wo).reshape(experts, groups, capacity, emb_dim)
+    y = jnp.einsum('enf,efd->end', h, wo.astype(x.dtype)).reshape(experts, groups, capacity, emb_dim)
     return constrain(y, 'expert', 'expert_group', 'capacity', 'embed')
 
 
@@ -88,8 +93,11 @@ class MoE(nn.Module):
     logits = Router(config, name='router')(x)
     routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity)
     experts = Experts(config, name='expert')
-    y = apply_experts(config.dispatch, x, routed.assignment, lambda slots: experts(slots, train),
-                      config.num_experts, grouping.capacity)
+    if config.dispatch == 'dropless':
+      y = experts(x, train, routed.assignment)
+    else:
+      y = apply_experts(config.dispatch, x, routed.assignment, lambda slots: experts(slots, train),
+                        config.num_experts, grouping.capacity)
     y = constrain(y, 'group', None, 'embed').reshape(grouping.batch, grouping.length, emb_dim)
     record = RoutingRecord(*routed[1:], *((routed.assignment, logits) if self.record_routing else ()))
     return constrain(y[:batch, :length], 'batch', 'length', 'embed'), record

@@ -9,7 +9,8 @@ from openmoe_jax.dispatch import einsum, sort
 from openmoe_jax.routers.types import TokenAssignment
 
 _BACKENDS = {'sort': sort.apply_experts, 'einsum': einsum.apply_experts}
-assert set(_BACKENDS) == set(DISPATCH_BACKENDS)
+# 'dropless' has no slots, hence a signature of its own: see dropless.py.
+assert {*_BACKENDS, 'dropless'} == set(DISPATCH_BACKENDS)
 
 
 def apply_experts(backend: str, x: jax.Array, assignment: TokenAssignment,

@@ -59,6 +59,8 @@ def expert_capacity(config: ModelConfig, group_size: int, train: bool) -> int:
 
 def group_tokens(config: ModelConfig, batch: int, length: int, train: bool) -> Grouping:
   """The grouping of a [batch, length] microbatch; depends on the configuration and never on the devices."""
+  if config.dispatch == 'dropless':  # without capacity there is nothing that groups could share out
+    return Grouping(batch, length, 1, batch * length, batch * length)
   if config.capacity_mode == 'colossalai':  # the PyTorch port routes all tokens as one group
     return Grouping(batch, length, 1, batch * length, expert_capacity(config, batch * length, train))
   multiple = config.num_expert_replicas * config.num_experts

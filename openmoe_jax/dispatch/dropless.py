@@ -1,0 +1,182 @@
+"""Dispatch without capacity: every choice is served, and only filled rows are computed (Gale et al. 2022, MegaBlocks).
+
+Choices are laid out as one array of rows in the order of their experts. On a CPU the experts' runs are then cut into
+blocks of rows, each multiplied with its expert's kernels; accelerators have an instruction for that
+(`jax.lax.ragged_dot`, which a CPU computes densely, an order of magnitude slower).
+"""
+
+import functools
+from typing import Sequence, Tuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from openmoe_jax.dispatch import sort
+from openmoe_jax.layers import gate
+from openmoe_jax.partitioning import BATCH_AXES
+from openmoe_jax.routers.top_k import queue_positions
+from openmoe_jax.routers.types import TokenAssignment
+
+MOST_ROWS = 128  # of a block: enough that copying an expert's kernels for it costs little beside the products
+FEWEST_ROWS = 4
+
+
+def block_rows(num_tokens: int, num_selected: int, num_experts: int) -> int:
+  """Rows of a block: about twice an expert's mean share, as a power of two within limits, but never more than tokens."""
+  share = max(2 * num_tokens * num_selected // num_experts, 1)
+  return min(num_tokens, MOST_ROWS, max(FEWEST_ROWS, 1 << (share - 1).bit_length()))
+
+
+def apply_experts(x: jax.Array, assignment: TokenAssignment, wi: Sequence[jax.Array], wo: jax.Array,
+                  activations: Tuple[str, ...]) -> jax.Array:
+  """Sends tokens to their experts, runs these, and adds up the gated results; differentiable.
+
+  Args:
+    x: [G, T, D] tokens in the activation dtype.
+    assignment: where each token goes; slots are not read. Choices that are not kept cost nothing.
+    wi: kernels [E, D, F] or [E, D, 2F], one per activation.
+    wo: kernel [E, F, D].
+    activations: see `layers.gate`.
+
+  Returns:
+    float32 [G, T, D]; zero for a token none of whose choices was kept.
+
+  Memory: rows, results and their gradients, [G * T * S, D] each, and the hidden layer of one block (CPU) or of all rows
+  (accelerators). Nothing is padded to a worst case, however unequal the experts' shares. On a mesh a device holds the
+  rows of all tokens of its 'data' row that ask for its own experts.
+  """
+  groups, tokens, emb_dim = x.shape
+  x = x.reshape(groups * tokens, emb_dim)
+  index = jnp.where(assignment.kept, assignment.expert_index, wo.shape[0]).reshape(groups * tokens, -1)
+  weight = assignment.gate.reshape(index.shape)
+  mesh = jax.sharding.get_abstract_mesh()
+  run = _one_device if mesh.empty or mesh.size == 1 else functools.partial(_many_devices, mesh)
+  return run(x, index, weight, tuple(wi), wo, tuple(activations)).reshape(groups, tokens, emb_dim)
+
+
+def _many_devices(mesh, x, index, weight, wi, wo, activations):
+  """Experts stay where they are: the tokens of a 'data' row go to all of its experts, results are added up."""
+  count, shards = x.shape[0], mesh.shape['data'] * mesh.shape['expert']
+  pad = lambda array, value: jnp.pad(array, ((0, -count % shards), (0, 0)), constant_values=value)
+  rows, kernel_in = PartitionSpec(BATCH_AXES), PartitionSpec('expert', None, 'model')
+
+  @functools.partial(jax.shard_map, in_specs=(rows, rows, rows, (kernel_in,) * len(wi),
+                                              PartitionSpec('expert', 'model', None)),
+                     out_specs=rows, check_vma=False)
+  def local(x, index, weight, wi, wo):
+    x, index, weight = (jax.lax.all_gather(a, 'expert', tiled=True) for a in (x, index, weight))
+    index = index - jax.lax.axis_index('expert') * wo.shape[0]
+    index = jnp.where((index >= 0) & (index < wo.shape[0]), index, wo.shape[0])
+    y = _one_device(x, index, weight, wi, wo, activations)
+    return jax.lax.psum_scatter(jax.lax.psum(y, 'model'), 'expert', tiled=True)
+
+  # 'swiglu' kernels hold two halves side by side, so an interval of columns is no interval of both.
+  halves = tuple(2 if name == 'swiglu' else 1 for name in activations)
+  wi = tuple(_interleave(w, n, mesh.shape['model']) for w, n in zip(wi, halves))
+  return local(pad(x, 0), pad(index, wo.shape[0]), pad(weight, 0), wi, wo)[:count]
+
+
+def _interleave(kernel: jax.Array, halves: int, parts: int) -> jax.Array:
+  """Columns of [E, D, halves * F] so ordered that the p-th of `parts` intervals holds the p-th part of every half."""
+  if halves == 1 or parts == 1:
+    return kernel
+  experts, emb_dim, width = kernel.shape
+  kernel = kernel.reshape(experts, emb_dim, halves, parts, width // halves // parts)
+  return kernel.swapaxes(2, 3).reshape(experts, emb_dim, width)
+
+
+def _one_device(x, index, weight, wi, wo, activations):
+  """x [N, D], index and weight [N, S]; an index of E asks for nobody -> float32 [N, D]."""
+  (count, selected), num_experts = index.shape, wo.shape[0]
+  sizes = jnp.sum(jax.nn.one_hot(index, num_experts, dtype=jnp.int32), axis=(0, 1))
+  first = jnp.cumsum(sizes) - sizes
+  kept = index < num_experts
+  row = first.at[index].get(mode='fill', fill_value=0) + queue_positions(index[None], num_experts)[0]
+  # All rows as the slots of a single expert: moving tokens to rows and back is the same problem as ever.
+  rows = TokenAssignment(jnp.zeros_like(index)[None], jnp.where(kept, weight, 0)[None], row[None], kept[None])
+  size = block_rows(count, selected, num_experts)
+  cast = lambda kernels: jax.tree.map(lambda w: w.astype(x.dtype), kernels)
+
+  def experts(slots):
+    run = functools.partial(
+        jax.lax.platform_dependent,
+        cpu=lambda rows, kernels: in_blocks(activations, size, rows, kernels, sizes),
+        default=lambda rows, kernels: with_ragged_dot(activations, rows, cast(kernels), sizes))
+    return run(slots[0, 0], (wi, wo))[None, None]
+
+  return sort.apply_experts(x[None], rows, experts, 1, count * selected)[0]
+
+
+def with_ragged_dot(activations, rows, kernels, sizes):
+  """The experts' feed-forward networks on their runs: rows [M, D] sorted by expert, sizes int32 [E] -> [M, D].
+
+  Rows past the last run are nobody's, and what comes out for them has no meaning.
+  """
+  wi, wo = kernels
+  hidden = gate([jax.lax.ragged_dot(rows, w, sizes) for w in wi], activations)
+  return jax.lax.ragged_dot(hidden, wo, sizes)
+
+
+def _feed_forward(activations, rows, kernels):
+  """One expert: rows [m, D] -> [m, D]."""
+  wi, wo = kernels
+  return gate([rows @ w.astype(rows.dtype) for w in wi], activations) @ wo.astype(rows.dtype)
+
+
+def _blocks(sizes, size):
+  """(number of blocks, function from a block's number to (expert, first row, first row of the next expert))."""
+  counts = -(-sizes // size)
+  ends, last = jnp.cumsum(counts), jnp.cumsum(sizes)
+
+  def block(i):
+    expert = jnp.sum(ends <= i)
+    return expert, last[expert] - sizes[expert] + (i - ends[expert] + counts[expert]) * size, last[expert]
+
+  return ends[-1], block
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_blocks(activations, size, rows, kernels, sizes):
+  """As `with_ragged_dot`, in blocks of `size` rows, with a loop over as many blocks as there are.
+
+  A block may reach into the next expert's run. Blocks are computed in order, so the right rows are written over it.
+  """
+  count, block = _blocks(sizes, size)
+  padded = jnp.pad(rows, ((0, size), (0, 0)))
+
+  def step(i, y):
+    expert, start, _ = block(i)
+    of_expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), kernels)
+    result = _feed_forward(activations, jax.lax.dynamic_slice_in_dim(padded, start, size), of_expert)
+    return jax.lax.dynamic_update_slice_in_dim(y, result, start, 0)
+
+  return jax.lax.fori_loop(0, count, step, jnp.zeros_like(padded))[:rows.shape[0]]
+
+
+def _in_blocks_fwd(activations, size, rows, kernels, sizes):
+  return in_blocks(activations, size, rows, kernels, sizes), (rows, kernels, sizes)
+
+
+def _in_blocks_bwd(activations, size, residuals, dy):
+  """Hidden layers are computed again, block by block."""
+  rows, kernels, sizes = residuals
+  count, block = _blocks(sizes, size)
+  padded, dy = (jnp.pad(a, ((0, size), (0, 0))) for a in (rows, dy))
+
+  def step(i, carry):
+    dx, dkernels = carry
+    expert, start, end = block(i)
+    of_expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), kernels)
+    own = (start + jnp.arange(size) < end)[:, None]
+    _, pull = jax.vjp(functools.partial(_feed_forward, activations), jax.lax.dynamic_slice_in_dim(padded, start, size),
+                      of_expert)
+    drows, dexpert = pull(jnp.where(own, jax.lax.dynamic_slice_in_dim(dy, start, size), 0))
+    return (jax.lax.dynamic_update_slice_in_dim(dx, drows, start, 0),
+            jax.tree.map(lambda total, d: total.at[expert].add(d), dkernels, dexpert))
+
+  dx, dkernels = jax.lax.fori_loop(0, count, step, (jnp.zeros_like(padded), jax.tree.map(jnp.zeros_like, kernels)))
+  return dx[:rows.shape[0]], dkernels, None
+
+
+in_blocks.defvjp(_in_blocks_fwd, _in_blocks_bwd)
