@@ -212,6 +212,8 @@ class DataConfig:
 
   Attributes:
     mixture_or_task: seqio name; train split is `train_split`.
+    mixture_schedule: what is trained on from which batch on, instead of `mixture_or_task`, which is then only evaluated:
+      ('0: 0.9 mix_ul2 + 0.1 wildchat_gpt4_chat', '10000: mix_ul2', '500000: mix_ul2_stage2'); see docs/data.md.
     task_feature_lengths: tokens per feature, e.g. {'inputs': 1024, 'targets': 1024}; a row of the batch is their sum.
     batch_size: rows per training step, over all hosts and microbatches.
     vocabulary: path of a sentencepiece model (local or gs://); '' is the small one in the package.
@@ -230,6 +232,7 @@ class DataConfig:
     module_imports: extra modules that register tasks, imported before the mixture is looked up.
   """
   mixture_or_task: str = ''
+  mixture_schedule: Tuple[str, ...] = ()
   task_feature_lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
   batch_size: int = 8
   vocabulary: str = ''
@@ -251,6 +254,7 @@ class DataConfig:
   def __post_init__(self):
     object.__setattr__(self, 'task_feature_lengths', dict(self.task_feature_lengths))
     object.__setattr__(self, 'module_imports', tuple(self.module_imports))
+    object.__setattr__(self, 'mixture_schedule', tuple(self.mixture_schedule))
     _integers(self, 1, 'batch_size', 'num_streams')
     _integers(self, 0, 'seed', 'extra_ids', 'eval_batch_size', 'eval_batches')
     for feature, length in self.task_feature_lengths.items():

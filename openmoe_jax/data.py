@@ -4,20 +4,23 @@ Every stream is a pipeline of its own, with its own share of the documents, its 
 reads the streams whose rows its devices hold, so the global batches do not depend on the number of hosts, and a saved
 run continues on another number.
 
+A task may mark tokens of `targets` as context that is not scored by writing them as negative ids.
+
   train: TrainStreams(data, num_microbatches) -> [microbatch, rows, length] arrays -> to_global(batch, mesh)
   evaluation: for source in eval_sources(data): for batch in eval_batches(data, source) -> [rows, length] arrays
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
 import os
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import jax
 import numpy as np
 
-from openmoe_jax import mixtures
+from openmoe_jax import mixtures, vocabulary
 from openmoe_jax.config import DataConfig, require
 from openmoe_jax.iterator_state import iterator_from_bytes, iterator_to_bytes
 from openmoe_jax.partitioning import batch_sharding
@@ -103,7 +106,7 @@ def _options() -> Any:
   return options
 
 
-def _stream_mixture(data: DataConfig) -> Any:
+def stream_mixture(data: DataConfig) -> Any:
   """The training mixture with sources that stream endlessly."""
   seqio = import_seqio()
   provider = mixtures.provider_for(data, data.mixture_or_task, data.train_split)
@@ -112,6 +115,12 @@ def _stream_mixture(data: DataConfig) -> Any:
   if isinstance(provider, seqio.Mixture):
     return seqio.Mixture(provider.name, tasks, sample_fn=provider._sample_fn)  # pylint: disable=protected-access
   return seqio.Mixture(provider.name, tasks)
+
+
+def _scheduled_mixtures(data: DataConfig) -> Tuple[List[Any], List[mixtures.Phase]]:
+  """A mixture for each task of the schedule, with a source that streams endlessly, and the phases."""
+  tasks, phases = mixtures.schedule(data)
+  return [import_seqio().Mixture(task.name, [(_stream_task(data, task), 1.0)]) for task in tasks], phases
 
 
 def _stream_task(data: DataConfig, task: Any) -> Any:
@@ -127,20 +136,73 @@ def _stream_task(data: DataConfig, task: Any) -> Any:
   return task.replace(source=source, preprocessors=preprocessors)
 
 
+def stream_examples(data: DataConfig, mixture: Any, stream: int, extra_features: Sequence[str] = ()) -> Any:
+  """The examples of one stream of `stream_mixture`, endlessly, with `extra_features` that its tasks may have."""
+  shard = import_seqio().ShardInfo(stream, data.num_streams)
+  with mixtures.reading(mixture):  # A task may forbid shuffling.
+    return mixture.get_dataset(data.task_feature_lengths, split=data.train_split, shuffle=data.shuffle,
+                               seed=_stream_seed(data.seed, stream), shard_info=shard, num_epochs=None,
+                               passthrough_features=extra_features, trim_output_features=False,
+                               try_in_mem_cache=False)
+
+
 def _stream_dataset(data: DataConfig, mixture: Any, stream: int) -> Any:
   """Rows of one stream, [batch_size / num_streams, L] at a time."""
-  seqio = import_seqio()
   from openmoe_jax.feature_converters import decoder_converter
-  seed, shard = _stream_seed(data.seed, stream), seqio.ShardInfo(stream, data.num_streams)
-  with mixtures.reading(mixture):  # A task may forbid shuffling.
-    dataset = mixture.get_dataset(data.task_feature_lengths, split=data.train_split, shuffle=data.shuffle, seed=seed,
-                                  shard_info=shard, num_epochs=None, trim_output_features=False, try_in_mem_cache=False)
   converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
-  dataset = converter(dataset, data.task_feature_lengths)
-  return dataset.batch(data.batch_size // data.num_streams, drop_remainder=True).prefetch(1).with_options(_options())
+  return _batched(data, converter(stream_examples(data, mixture, stream), data.task_feature_lengths))
 
 
-def _require_documents(task: Any, data: DataConfig, streams: Sequence[int]) -> None:
+def _batched(data: DataConfig, rows: Any) -> Any:
+  return rows.batch(data.batch_size // data.num_streams, drop_remainder=True).prefetch(1).with_options(_options())
+
+
+def _scheduled_dataset(data: DataConfig, sources: Sequence[Any], phases: Sequence[mixtures.Phase], stream: int) -> Any:
+  """As `_stream_dataset`, by a schedule: each row is filled from one source, which the row's number alone decides.
+
+  So the rates hold exactly from the batch on that they are given for, whatever packing makes of the examples, and a
+  source goes on where it was when its rate changes.
+  """
+  tf = import_tensorflow()
+  from openmoe_jax.feature_converters import decoder_converter
+  with_inputs = any('inputs' in source.output_features for source in sources)
+
+  def rows_of(source):
+    lengths = data.task_feature_lengths
+    if 'inputs' not in source.output_features:
+      lengths = {'targets': data.row_length}  # Targets alone have the whole row.
+    converter = decoder_converter(lengths, data.pack, data.loss_on_targets_only)
+    rows = converter(stream_examples(dataclasses.replace(data, task_feature_lengths=lengths), source, stream), lengths)
+    if with_inputs and 'inputs' not in source.output_features:
+      rows = rows.map(lambda row: {**row, 'decoder_causal_attention': tf.zeros_like(row['decoder_target_tokens'])})
+    return rows
+
+  bounds = np.cumsum([[phase.rates.get(source.name, 0.) for source in sources] for phase in phases], axis=1)
+  bounds[bounds >= bounds[:, -1:]] = 1.  # Rounding must not leave a gap behind the last source that has a rate.
+  bounds = tf.constant(bounds, tf.float64)
+  starts = tf.constant([phase.first_batch * (data.batch_size // data.num_streams) for phase in phases], tf.int64)
+  seed = tf.constant(_stream_seed(data.seed, 2**30 + stream), tf.int64)
+
+  def choose(row):
+    phase = tf.searchsorted(starts, [row], side='right')[0] - 1
+    chance = tf.random.stateless_uniform([1], tf.stack([seed, row]), dtype=tf.float64)
+    return tf.cast(tf.searchsorted(bounds[phase], chance, side='right')[0], tf.int64)
+
+  choices = tf.data.Dataset.counter().map(choose)
+  return _batched(data, tf.data.Dataset.choose_from_datasets([rows_of(source) for source in sources], choices))
+
+
+def _without_context_loss(batch: Batch) -> Batch:
+  """Tokens that a task gave as negative ids become ordinary ones, without a loss where they are targets."""
+  targets = batch['decoder_target_tokens']
+  if not (targets < 0).any():
+    return batch
+  weights = np.where(targets < 0, 0, batch['decoder_loss_weights'])
+  return dict(batch, decoder_target_tokens=abs(targets), decoder_loss_weights=weights.astype(np.int32),
+              decoder_input_tokens=abs(batch['decoder_input_tokens']))
+
+
+def require_documents(task: Any, data: DataConfig, streams: Sequence[int]) -> None:
   """Raises `ConfigError` unless each stream's share of the task has text. (Endless passes over none would not end.)"""
   split = data.train_split
   for stream in streams:
@@ -151,9 +213,11 @@ def _require_documents(task: Any, data: DataConfig, streams: Sequence[int]) -> N
             'there are fewer documents or files than streams (lower DataConfig.num_streams), or they are empty')
 
 
-def _has_text(document: Mapping[str, Any]) -> bool:
+def _has_text(document: Any) -> bool:
   """Whether a document can become an example; a document without strings is taken to."""
-  strings = [value for value in jax.tree.leaves(document) if isinstance(value, bytes)]
+  # Beside a text, other strings only describe it.
+  parts = document['text'] if isinstance(document, dict) and 'text' in document else document
+  strings = [value for value in jax.tree.leaves(parts) if isinstance(value, bytes)]
   return not strings or any(string.strip() for string in strings)
 
 
@@ -183,16 +247,24 @@ class TrainStreams:
             f'streams {ids} are not some of the {data.num_streams} of DataConfig.num_streams')
     require(data.batch_size % (num_microbatches * data.num_streams) == 0, f'DataConfig.batch_size = {data.batch_size} '
             f'must be a multiple of {num_microbatches} microbatches times DataConfig.num_streams = {data.num_streams}')
-    require(data.batch_size > 0 and bool(data.mixture_or_task), 'DataConfig.mixture_or_task is not set')
+    require(bool(data.mixture_schedule or data.mixture_or_task), 'DataConfig.mixture_or_task is not set')
     self.stream_ids = ids
     self._data = data
     self._num_microbatches = num_microbatches
-    mixture = _stream_mixture(data)
-    for task in mixture.tasks:
-      _require_documents(task, data, ids)
-    self._documents = {f'documents of {task.name}': task.source.fingerprint(data.train_split) for task in mixture.tasks}
-    self._rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
-    self._datasets = {i: _stream_dataset(data, mixture, i) for i in ids}
+    if data.mixture_schedule:
+      sources, phases = _scheduled_mixtures(data)
+      tasks = [task for source in sources for task in source.tasks]
+      self._rates = [[phase.first_batch, phase.rates] for phase in phases]
+      dataset = functools.partial(_scheduled_dataset, data, sources, phases)
+    else:
+      mixture = stream_mixture(data)
+      tasks = mixture.tasks
+      self._rates = {task.name: float(mixture.get_rate(task)) for task in tasks}
+      dataset = functools.partial(_stream_dataset, data, mixture)
+    for task in tasks:
+      require_documents(task, data, ids)
+    self._documents = {f'documents of {task.name}': task.source.fingerprint(data.train_split) for task in tasks}
+    self._datasets = {i: dataset(i) for i in ids}
     self._iterators = {}  # Made on first use, since `restore` and `skip` want others.
     self._batches = 0
 
@@ -202,7 +274,7 @@ class TrainStreams:
   def __next__(self) -> Batch:
     parts = [self._next_rows(i) for i in self.stream_ids]
     self._batches += 1
-    return {key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]}
+    return _without_context_loss({key: np.concatenate([part[key] for part in parts], axis=1) for key in parts[0]})
 
   def _iterator(self, stream: int) -> Any:
     if stream not in self._iterators:
@@ -224,10 +296,10 @@ class TrainStreams:
   def _settings(self) -> Dict[str, Any]:
     """What decides the contents of a stream besides its position."""
     data = self._data
-    return dict(mixture_or_task=data.mixture_or_task, task_feature_lengths=dict(data.task_feature_lengths),
-                split=data.train_split, pack=data.pack, seed=data.seed, shuffle=data.shuffle,
-                num_streams=data.num_streams, batch_size=data.batch_size, use_cached=data.use_cached,
-                rates=self._rates, **self._documents)
+    return dict(mixture_or_task=list(data.mixture_schedule) or data.mixture_or_task,
+                task_feature_lengths=dict(data.task_feature_lengths), split=data.train_split, pack=data.pack,
+                seed=data.seed, shuffle=data.shuffle, num_streams=data.num_streams, batch_size=data.batch_size,
+                use_cached=data.use_cached, rates=self._rates, vocabulary=vocabulary.fingerprint(), **self._documents)
 
   def state(self) -> Dict[int, bytes]:
     """Each stream's position: exactly after the batches handed out, whatever is prefetched already."""
@@ -312,7 +384,8 @@ def eval_batches(data: DataConfig, source: str) -> Iterator[Batch]:
   try:
     for batch in dataset.with_options(options).as_numpy_iterator():
       count += 1
-      yield {key: np.pad(value, [(0, rows - len(value)), (0, 0)]) for key, value in batch.items()}
+      batch = {key: np.pad(value, [(0, rows - len(value)), (0, 0)]) for key, value in batch.items()}
+      yield _without_context_loss(batch)
   except tf.errors.OpError as error:
     raise mixtures.read_error(provider, error) from error
   require(count > 0, f'{source} gives no examples in split {data.eval_split!r}')

@@ -45,13 +45,17 @@ def encode(model: Any, texts: Sequence[str], name: str = 'texts') -> List[List[i
   return rows
 
 
-def decode(model: Any, ids: Sequence[int]) -> str:
-  """Text of ids up to an EOS; ids that the vocabulary does not have (padding rows of the embedding) are left out."""
+def decode(model: Any, ids: Sequence[int], prompt: Sequence[int] = ()) -> str:
+  """Text of ids behind a prompt, up to an EOS; ids that the vocabulary does not have (the embedding's padding rows) are
+  left out."""
   vocabulary = model.vocabulary
-  ids = [int(i) for i in ids if 0 < i < vocabulary.vocab_size]
+  known = lambda ids: [int(i) for i in ids if 0 < i < vocabulary.vocab_size]
+  ids, prompt = known(ids), known(prompt)
   if vocabulary.eos_id in ids:
     ids = ids[:ids.index(vocabulary.eos_id)]
-  return vocabulary.tokenizer.decode(ids)
+  # A first piece loses its space when it is decoded alone: what the prompt adds to the front is taken off again.
+  before, text = vocabulary.tokenizer.decode(prompt), vocabulary.tokenizer.decode(prompt + ids)
+  return text[len(before):] if text.startswith(before) else vocabulary.tokenizer.decode(ids)
 
 
 def batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[Tuple[List[int], np.ndarray, np.ndarray]]:
@@ -83,13 +87,13 @@ def settled(text: str, stops: Sequence[str]) -> str:
 class _Batch:
   """One batch on its way, and its text so far."""
 
-  def __init__(self, model, prompts, numbers, ids, lengths, max_new_tokens, stops, num_samples, eos_id, options):
+  def __init__(self, model, prompts, numbers, ids, lengths, max_new_tokens, stops, num_samples, eos_id, row_ids, options):
     self.model, self.stops, self.numbers = model, stops, numbers
     self.prompts = [prompts[i] for i in numbers]
     eos_id = model.vocabulary.eos_id if eos_id == 'vocabulary' else eos_id
     self.generation = decoding.Generation(
-        model.config, model.params, ids, lengths, max_new_tokens, num_samples=num_samples, row_ids=numbers,
-        eos_id=eos_id, **options)
+        model.config, model.params, ids, lengths, max_new_tokens, num_samples=num_samples,
+        row_ids=[row_ids[i] for i in numbers], eos_id=eos_id, **options)
     self.texts = [[''] * num_samples for _ in numbers]
     self.stopped = np.zeros((len(numbers), num_samples), bool)
 
@@ -97,13 +101,10 @@ class _Batch:
     """Brings the texts up to date and ends the rows that hold a stop string; bool [B, num_samples], rows that ended."""
     result = self.generation.result()
     for row, prompt in enumerate(self.prompts):
-      # A first piece loses its space when it is decoded alone: what the prompt adds to the front is taken off again.
-      before = decode(self.model, prompt)
       for sample in range(self.stopped.shape[1]):
         if not self.stopped[row, sample]:
           new = result.tokens[row, sample, :result.lengths[row, sample]]
-          text = decode(self.model, [*prompt, *new])
-          text = text[len(before):] if text.startswith(before) else decode(self.model, new)
+          text = decode(self.model, new, prompt)
           self.texts[row][sample], self.stopped[row, sample] = cut(text, self.stops)
     ended = self.generation.done() | self.stopped
     if (ended & ~self.generation.done()).any():
@@ -111,11 +112,13 @@ class _Batch:
     return ended
 
 
-def _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, options) -> Iterator[_Batch]:
+def _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, row_ids, options) -> Iterator[_Batch]:
   stops = [stop] if isinstance(stop, str) else list(stop)
   require(all(stops), 'stop holds an empty string')
   require(num_samples >= 1 and batch_size >= 1, f'num_samples = {num_samples} and batch_size = {batch_size} must be at '
           'least 1')
+  row_ids = range(len(texts)) if row_ids is None else row_ids
+  require(len(row_ids) == len(texts), f'{len(row_ids)} row_ids for {len(texts)} texts; give one for each')
   prompts = encode(model, texts)
   for i, prompt in enumerate(prompts):
     require(len(prompt) > 0, f'texts[{i}] = {texts[i]!r} has no tokens: there is nothing to continue')
@@ -123,11 +126,13 @@ def _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, 
     require(window is None or len(prompt) < window, f'texts[{i}] has {len(prompt)} tokens: with the start id it does not '
             f'fit the window of {window} positions')
   for numbers, ids, lengths in batches(prompts, max(batch_size // num_samples, 1)):
-    yield _Batch(model, prompts, numbers, ids, lengths, max_new_tokens, stops, num_samples, eos_id, options)
+    yield _Batch(model, prompts, numbers, ids, lengths, max_new_tokens, stops, num_samples, eos_id, row_ids,
+                 options)
 
 
 def generate_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, *, stop: Sequence[str] = (),
-                   num_samples: Optional[int] = None, batch_size: int = 16, eos_id: Any = 'vocabulary', **options) -> List:
+                   num_samples: Optional[int] = None, batch_size: int = 16, eos_id: Any = 'vocabulary',
+                   row_ids: Optional[Sequence[int]] = None, **options) -> List:
   """Continues texts.
 
   Args:
@@ -136,8 +141,10 @@ def generate_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, 
     max_new_tokens: a continuation ends there, or earlier.
     stop: string or strings that end a continuation; it is cut in front of the first one.
     num_samples: continuations of each text; adds a list to the result, also if it is 1.
-    batch_size: most continuations at a time; texts of similar length go together. Does not change a result.
+    batch_size: most continuations at a time (but those of one text always go together); texts of similar length share
+      a batch. Does not change a result.
     eos_id: id that ends a continuation; None: none does. By default that of the vocabulary.
+    row_ids: numbers of the texts for their random draws, if they are a part of a longer list; 0, 1, .. by default.
     **options: temperature, top_k, top_p, seed, capacity_mode, stop_ids, window and mesh of `decoding.generate`.
 
   Returns:
@@ -148,7 +155,7 @@ def generate_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, 
   """
   results: List[Any] = [None] * len(texts)
   samples = 1 if num_samples is None else num_samples
-  for batch in _start(model, texts, max_new_tokens, stop, samples, batch_size, eos_id, options):
+  for batch in _start(model, texts, max_new_tokens, stop, samples, batch_size, eos_id, row_ids, options):
     while True:
       batch.generation.advance(CHUNK if batch.stops else max_new_tokens)
       if batch.look().all():
@@ -159,10 +166,10 @@ def generate_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, 
 
 
 def stream_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, *, stop: Sequence[str] = (),
-                 num_samples: int = 1, batch_size: int = 16, eos_id: Any = 'vocabulary', chunk: int = 1, **options
-                 ) -> Iterator[Piece]:
+                 num_samples: int = 1, batch_size: int = 16, eos_id: Any = 'vocabulary',
+                 row_ids: Optional[Sequence[int]] = None, chunk: int = 1, **options) -> Iterator[Piece]:
   """As `generate_texts`, giving each continuation piece by piece, every `chunk` tokens, as far as it is settled."""
-  for batch in _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, options):
+  for batch in _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, row_ids, options):
     shown = [[0] * num_samples for _ in batch.numbers]
     told = np.zeros(batch.stopped.shape, bool)
     batch.generation.advance(chunk - batch.generation.count)

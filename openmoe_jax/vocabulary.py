@@ -10,8 +10,7 @@ import os
 import re
 from typing import Any, List, NamedTuple, Sequence
 
-from etils import epath
-
+from openmoe_jax import vocabulary_files
 from openmoe_jax.config import ConfigError, require
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
 
@@ -46,7 +45,8 @@ def configure(path: str = '', extra_ids: int = 300) -> None:
   """Chooses the vocabulary of this process. Cheap: the file is read on first use.
 
   Args:
-    path: a sentencepiece model, local or gs://; '' is the small one in the package.
+    path: a sentencepiece model, a tokenizer.json or a folder with one, local or gs:// (see `vocabulary_files`); '' is the
+      small one in the package.
     extra_ids: number of sentinels above its pieces.
   """
   global _choice
@@ -66,13 +66,7 @@ def get() -> Any:
 @functools.lru_cache(maxsize=None)
 def _load(path: str, extra_ids: int) -> Any:
   where = f'DataConfig.vocabulary = {path!r}'
-  try:
-    exists = epath.Path(path).exists()
-  except Exception as error:  # A bucket that cannot be reached raises whatever its client library raises.
-    raise ConfigError(f'{where} cannot be read: {error}') from error
-  require(exists, f"{where}: no such file; give the path of a sentencepiece model (local or gs://), or '' for the "
-          'small one in the package')
-  require(not epath.Path(path).is_dir(), f'{where} is a folder; give the sentencepiece model file in it')
+  path = vocabulary_files.sentencepiece_file(path, extra_ids, where)
   seqio = import_seqio()
   try:
     vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=extra_ids)
@@ -84,6 +78,12 @@ def _load(path: str, extra_ids: int) -> Any:
           f'{where}: its id 0 is the piece {tokenizer.id_to_piece(0)!r}; the model uses id 0 as padding')
   require(tokenizer.eos_id() > 0, f'{where} has no end-of-sequence piece')
   return vocabulary
+
+
+def fingerprint() -> str:
+  """A short name of what the vocabulary does: another one for other pieces, scores, normalisation or sentinels."""
+  chosen = get()
+  return vocabulary_files.fingerprint(chosen.sp_model, chosen.extra_ids)
 
 
 def padded_size() -> int:

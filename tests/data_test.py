@@ -500,7 +500,7 @@ def test_tfds_data_sets_are_looked_for_in_their_folder(tmp_path, tfds_override):
       return data_lib.TrainStreams(settings(mixture_or_task='tiny_tfds', num_streams=2, batch_size=20, pack=False,
                                             tfds_data_dir=str(tmp_path / folder), **changes))
 
-  with pytest.raises(ConfigError, match='tiny_texts .*tfds_data_dir'):
+  with pytest.raises(ConfigError, match='tfds_data_dir.*not a folder.*tiny_texts'):
     streams('there')
   # Two streams share the only file: each keeps every other document.
   rows = next(streams('here', shuffle=False))['decoder_target_tokens'][0]
@@ -691,7 +691,9 @@ def test_streams_of_the_rows_of_a_process(ranges, rows, streams, expected):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(mixture_or_task='numbers_mux'), "'numbers_mux' is not a registered mixture or task; did you mean numbers_m"),
-    (dict(mixture_or_task='mix_ul2'), "mixture_or_task = 'mix_ul2' needs corpora"),
+    (dict(mixture_or_task='mix_full_lm'), 'data of mix_full_lm cannot be read: .* lacks redpajama_arxiv:1.0.0, .*'
+     'the_stack_dedup:1.0.0; prepare them .*docs/data.md'),
+    (dict(mixture_or_task='mix_ul3'), 'did you mean mix_ul2'),
     (dict(mixture_or_task='qqqq'), 'known: .*demo_full_lm'),
     (dict(mixture_or_task=''), 'mixture_or_task is not set'),
     (dict(task_feature_lengths={}), "has the features 'targets', but .* lengths for nothing"),
@@ -703,8 +705,8 @@ def test_streams_of_the_rows_of_a_process(ranges, rows, streams, expected):
     (dict(module_imports=('no_such_module_of_tasks',)), "module_imports: there is no module 'no_such_module_of_tasks'"),
     (dict(mixture_or_task='blank_text'), 'has no text for stream 0 of 4'),
     (dict(mixture_or_task='no_text'), 'has no text'),
-    (dict(mixture_or_task='absent_tfds'), 'data of absent_tfds cannot be read .*no_such_dataset_anywhere'),
-    (dict(mixture_or_task='absent_tfds_splits'), 'data of absent_tfds_splits cannot be read .*tfds_data_dir'),
+    (dict(mixture_or_task='absent_tfds'), 'data of absent_tfds cannot be read: .*no_such_dataset_anywhere'),
+    (dict(mixture_or_task='absent_tfds_splits'), 'data of absent_tfds_splits cannot be read: .*tfds_data_dir'),
     (dict(mixture_or_task='broken_file'), 'broken_file'),
     (dict(mixture_or_task='numbers_unshuffled'), r'numbers_unshuffled.*set DataConfig\.shuffle = False'),
     (dict(mixture_or_task='foreign_bytes'), "task foreign_bytes, feature 'targets' has a vocabulary of its own"),

@@ -21,7 +21,8 @@ LAYERS = (
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
-     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling', 'decoding', 'scoring', 'text_decoding'),
+     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling', 'decoding',
+     'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench'),
     ('command_line', 'conversion', 'inspection', 'loading', 'replay', 'training_loop', 'train', 'tasks', 'tools'),
 )

@@ -121,6 +121,26 @@ def test_samples_of_a_text():
   assert [row[0] for row in samples] == generated(TEXTS[:2], temperature=1.)
 
 
+def test_a_part_of_a_longer_list():
+  """A list that is gone on with later, as a resumed file is: numbers of the whole list give the same draws."""
+  want = generated(temperature=1., seed=5)
+  assert generated(TEXTS[2:], temperature=1., seed=5, row_ids=[2, 3]) == want[2:]
+  assert generated(TEXTS[2:], temperature=1., seed=5) != want[2:]
+  pieces = text_decoding.stream_texts(model(), TEXTS[3:], 20, eos_id=None, temperature=1., seed=5, row_ids=[3], chunk=20)
+  assert ''.join(piece.text for piece in pieces) == want[3]
+
+
+def test_an_eos_within_the_prompt_ends_nothing(monkeypatch):
+  """Some vocabularies make one of a written-out '</s>': what counts is what is generated."""
+  tokenizer = model().vocabulary
+  encode = lambda text: [i for n, part in enumerate(text.split('</s>')) for i in [1] * (n > 0) + tokenizer.encode(part)]
+  known = types.SimpleNamespace(encode=encode, eos_id=1, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.tokenizer)
+  fake = types.SimpleNamespace(config=model().config, params=None, vocabulary=known)
+  script = [int(i) for i in tokenizer.encode('f()') + [1] + tokenizer.encode('g()')]
+  monkeypatch.setattr(decoding, 'Generation', Scripted([script]))
+  assert text_decoding.generate_texts(fake, ['x</s>y ='], 50, eos_id=None) == ['f()']
+
+
 def test_eos_is_the_vocabularys():
   free = decoding.generate(model().config, model().params, [model().vocabulary.encode('x')], [1], 20, eos_id=None)
   with_eos = types.SimpleNamespace(encode=model().vocabulary.encode, eos_id=int(free.tokens[0, 4]),
@@ -150,6 +170,7 @@ def test_scores_are_those_of_the_ids():
     (lambda m: m.generate(['x', '']), r"texts\[1\] = '' has no tokens"),
     (lambda m: m.generate(['x'], stop=['']), 'stop holds an empty string'),
     (lambda m: m.generate(['x'], num_samples=0), 'num_samples = 0'),
+    (lambda m: m.generate(['x', 'y'], row_ids=[3]), '1 row_ids for 2 texts'),
     (lambda m: m.generate(['a b c d e f g'], window=4), r'texts\[0\] has \d+ tokens: .* window of 4'),
     (lambda m: m.score(['x'], ['y', 'z']), '1 inputs, but 2 targets'),
     (lambda m: m.score(['x'], ['']), r"targets\[0\] = '' has no tokens"),

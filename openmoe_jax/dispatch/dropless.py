@@ -96,13 +96,13 @@ def _one_device(x, index, weight, wi, wo, activations):
   # All rows as the slots of a single expert: moving tokens to rows and back is the same problem as ever.
   rows = TokenAssignment(jnp.zeros_like(index)[None], jnp.where(kept, weight, 0)[None], row[None], kept[None])
   size = block_rows(count, selected, num_experts)
-  cast = lambda kernels: jax.tree.map(lambda w: w.astype(x.dtype), kernels)
+  cast = lambda wi, wo: (tuple(w.astype(x.dtype) for w in wi), wo.astype(x.dtype))
 
   def experts(slots):
     run = functools.partial(
         jax.lax.platform_dependent,
         cpu=lambda rows, kernels: in_blocks(activations, size, rows, kernels, sizes),
-        default=lambda rows, kernels: with_ragged_dot(activations, rows, cast(kernels), sizes))
+        default=lambda rows, kernels: with_ragged_dot(activations, rows, cast(*kernels), sizes))
     return run(slots[0, 0], (wi, wo))[None, None]
 
   return sort.apply_experts(x[None], rows, experts, 1, count * selected)[0]
