@@ -28,6 +28,7 @@ from openmoe_jax.tools.bench_train_step import CONFIG, cpu_seconds
 from openmoe_jax.train_state import init_params
 
 EXPERTS = ('eager', 'batched_mm', 'grouped_mm')
+ALIGNED = 4  # numbers: torch's grouped product wants rows of whole 16 bytes
 CLOSE = 0.05  # most that the sizes of the two models may differ by
 PAUSE = 0.5  # seconds between runs: the threads of either library spin for a while after its last product
 
@@ -63,7 +64,7 @@ def qwen2_moe(args, experts: Optional[str]):
   """(parameters, activated parameters, batch size -> a run)."""
   import torch
   from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-  hidden = CONFIG.mlp_dim * 4 // 3
+  hidden = CONFIG.mlp_dim * 4 // 3 // ALIGNED * ALIGNED
   torch.manual_seed(0)
   more = {'experts_implementation': experts} if experts else {}
   config = Qwen2MoeConfig(
