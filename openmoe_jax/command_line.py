@@ -18,10 +18,16 @@ class Parser(argparse.ArgumentParser):
   """An ArgumentParser with the shared flags, in which `--gin.NAME=VALUE` may stand anywhere.
 
   Mistakes raise `ConfigError` (argparse would print its usage first), so that `run_main` makes one line of them.
+
+  Args:
+    configured: False for a program that takes its configuration from a checkpoint: it has none of these flags.
+    **kwargs: of ArgumentParser.
   """
 
-  def __init__(self, **kwargs):
+  def __init__(self, configured: bool = True, **kwargs):
     super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    if not configured:
+      return
     group = self.add_argument_group('configuration')
     group.add_argument('--gin_file', action='append', default=[], metavar='FILE', help='gin file, for example '
                        'recipes/demo.gin; may be given several times. Looked for in the current folder, the search '
