@@ -93,6 +93,8 @@ setup(
             'openmoe-train = openmoe_jax.train:main',
             'openmoe-inspect = openmoe_jax.inspection:main',
             'openmoe-convert = openmoe_jax.conversion:main',
+            'openmoe-infer = openmoe_jax.infer:main',
+            'openmoe-eval = openmoe_jax.eval:main',
         ],
     },
     classifiers=[

@@ -369,6 +369,64 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Evaluation by tasks that score answers (`openmoe-eval`, or during training); validation loss is TrainConfig's.
+
+  Attributes:
+    tasks: names of evaluation tasks (docs/evaluation.md), 'bigbench_lite' among them.
+    perplexity: tasks or mixtures of which the perplexity is measured; of a training run these are the validation's.
+    period: training steps between evaluations; 0: not during training.
+    checkpoint: what openmoe-eval evaluates: a model_dir, a step in it, or a Hugging Face folder.
+    output_dir: where openmoe-eval writes; '' is the folder `eval` in the checkpoint's.
+    data_dir: local files of evaluation data, DATASET/SPLIT.jsonl; what is not there comes from TFDS.
+    bigbench_data: BIG-bench's source distribution or a folder of its tasks.
+    split: of the tasks.
+    max_examples: questions of each task; 0 for all.
+    batch_size: sequences at a time; changes no result in capacity_mode 'none'.
+    max_new_tokens: of a generated answer.
+    window: most positions, the start id included; 0 is the row length of training.
+    long_prompts: what becomes of a question that does not fit the window: 'refuse' it, 'cut_left' or 'cut_right' it.
+    shots: worked examples in each prompt of BIG-bench.
+    num_samples, temperature, top_k, top_p, seed: of generated answers; figures are means over the samples.
+    capacity_mode: 'none', or 't5x' as the original evaluated.
+  """
+  tasks: Tuple[str, ...] = ()
+  perplexity: Tuple[str, ...] = ()
+  period: int = 0
+  checkpoint: str = ''
+  output_dir: str = ''
+  data_dir: str = ''
+  bigbench_data: str = ''
+  split: str = 'validation'
+  max_examples: int = 0
+  batch_size: int = 16
+  max_new_tokens: int = 128
+  window: int = 0
+  long_prompts: str = 'refuse'
+  shots: int = 3
+  num_samples: int = 1
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  capacity_mode: str = 'none'
+
+  def __post_init__(self):
+    object.__setattr__(self, 'tasks', tuple(self.tasks))
+    object.__setattr__(self, 'perplexity', tuple(self.perplexity))
+    _integers(self, 1, 'batch_size', 'max_new_tokens', 'num_samples')
+    _integers(self, 0, 'period', 'max_examples', 'window', 'shots', 'top_k', 'seed')
+    _not_negative(self, 'temperature')
+    _one_of('EvalConfig.long_prompts', self.long_prompts, ('refuse', 'cut_left', 'cut_right'))
+    _one_of('EvalConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES[:2])
+    require(0 < self.top_p <= 1, f'EvalConfig.top_p = {self.top_p} must be above 0 and at most 1')
+    require(not self.window or self.window > self.max_new_tokens + 1, f'EvalConfig.window = {self.window} leaves no room '
+            f'for a question beside max_new_tokens = {self.max_new_tokens}')
+    require(self.num_samples == 1 or self.temperature > 0, f'EvalConfig.num_samples = {self.num_samples} with '
+            'temperature = 0 gives the same answer every time; set a temperature')
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Everything about one run. `model_dir` is the only setting that may differ between a run and its copy."""
   model: ModelConfig
@@ -377,6 +435,7 @@ class RunConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
   model_dir: str = ''
 
   def __post_init__(self):
@@ -397,7 +456,7 @@ def to_dict(config: Any) -> Any:
 
 
 _SECTIONS = {'model': ModelConfig, 'data': DataConfig, 'mesh': MeshConfig, 'optimizer': OptimizerConfig,
-             'checkpoint': CheckpointConfig, 'train': TrainConfig}
+             'checkpoint': CheckpointConfig, 'train': TrainConfig, 'eval': EvalConfig}
 
 
 def from_dict(cls: Any, values: Mapping[str, Any]) -> Any:

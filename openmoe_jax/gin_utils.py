@@ -33,7 +33,8 @@ COMMAND_LINE = 'command line'
 
 SECTIONS = {  # class -> field of RunConfig that holds it
     config_lib.ModelConfig: 'model', config_lib.DataConfig: 'data', config_lib.MeshConfig: 'mesh',
-    config_lib.OptimizerConfig: 'optimizer', config_lib.CheckpointConfig: 'checkpoint', config_lib.TrainConfig: 'train'}
+    config_lib.OptimizerConfig: 'optimizer', config_lib.CheckpointConfig: 'checkpoint', config_lib.TrainConfig: 'train',
+    config_lib.EvalConfig: 'eval'}
 CLASSES = {cls.__name__: cls for cls in (*SECTIONS, config_lib.RunConfig)}
 
 
@@ -77,12 +78,32 @@ def load_run_config(gin_files: Sequence[str], bindings: Sequence[str] = (), sear
       used or is missing, or values that do not go together.
   """
   require(gin_files, 'no gin file given: --gin_file=recipes/demo.gin, for example')
+  return _read_all(gin_files, bindings, search_paths).build(check_required)
+
+
+def load_settings(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = (),
+                  check_required: bool = True) -> Dict[str, Dict[str, Any]]:
+  """Only what gin files and the command line say, for a program whose model comes from a checkpoint.
+
+  Args: as `load_run_config`; there may be no gin file.
+
+  Returns:
+    {field of RunConfig: {setting: value}}, with 'run' for the settings of RunConfig itself.
+
+  Raises:
+    ConfigError: as `load_run_config`, as far as it can be told without a model.
+  """
+  values = _read_all(gin_files, bindings, search_paths).values(check_required)
+  return {**{section: values[cls] for cls, section in SECTIONS.items()}, 'run': values[config_lib.RunConfig]}
+
+
+def _read_all(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> '_Statements':
   statements = _Statements(search_paths)
   for name in gin_files:
     statements.read_file(name)
   for binding in bindings:
     statements.read_binding(binding)
-  return statements.build(check_required)
+  return statements
 
 
 def _import_parser():
@@ -243,6 +264,12 @@ class _Statements:
 
   def build(self, check_required: bool) -> config_lib.RunConfig:
     """The configuration; the statements are final."""
+    values = self.values(check_required, with_model=True)
+    parts = {section: cls(**values[cls]) for cls, section in SECTIONS.items()}
+    return config_lib.RunConfig(**parts, **values[config_lib.RunConfig])
+
+  def values(self, check_required: bool, with_model: bool = False) -> Dict[type, Dict[str, Any]]:
+    """Every setting that has been given; the statements are final."""
     values: Dict[type, Dict[str, Any]] = {cls: {} for cls in CLASSES.values()}
     used: Set[str] = set()
     missing: List[str] = []
@@ -253,14 +280,14 @@ class _Statements:
         values[cls][field] = coerce(name, resolved.value, typing.get_type_hints(cls)[field], resolved)
       else:
         missing.append(lacking or name)
-    self._check_model(values[config_lib.ModelConfig])
+    if with_model:
+      self._check_model(values[config_lib.ModelConfig])
     self._check_macros(used)
     if check_required and missing:
       flags = [f'--gin.{name}=...' for name in dict.fromkeys(missing)]
       raise ConfigError(f'not set, and without a default: {", ".join(dict.fromkeys(missing))}; give '
                         + ' '.join('--model_dir=...' if f.startswith('--gin.MODEL_DIR=') else f for f in flags))
-    parts = {section: cls(**values[cls]) for cls, section in SECTIONS.items()}
-    return config_lib.RunConfig(**parts, **values[config_lib.RunConfig])
+    return values
 
   def _resolve(self, setting: Setting, used: Set[str], chain: Tuple[str, ...]) -> Tuple[Setting, Optional[str]]:
     """Puts macros in place of references.

@@ -1,7 +1,7 @@
 """Reads a trained model: `load('path or gs:// of a checkpoint')`."""
 
 import functools
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import jax
 import numpy as np
@@ -84,6 +84,30 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
   return Model(config, params, progress['step'], run, mesh)
 
 
+def read_run(path: paths.PathLike) -> Dict[str, Any]:
+  """The whole configuration of a checkpoint's run, as the dictionary of config.json; its parameters are not read.
+
+  Args:
+    path: as for `load`.
+  """
+  if is_hugging_face(path):
+    return _run_of(path, HuggingFaceSource(path))
+  directory = checkpoints.resolve(path)
+  try:
+    return checkpoints.read_config(directory)
+  except Exception as error:
+    raise checkpoints.CheckpointError(f'{directory} cannot be read: {checkpoints.one_line(error)}') from error
+
+
+def read_position(path: paths.PathLike) -> Tuple[int, Optional[int]]:
+  """Training steps of a checkpoint, and its tokens as the run's settings give them; None where these are not known."""
+  hugging_face = is_hugging_face(path)
+  step = HuggingFaceSource(path).step if hugging_face else checkpoints.read_progress(checkpoints.resolve(path))['step']
+  data = read_run(path)['data']
+  tokens = step * data['batch_size'] * sum(data['task_feature_lengths'].values())
+  return step, tokens or None
+
+
 def _template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   """Shapes of the parameters with their shardings."""
   shapes = jax.eval_shape(lambda: init_params(config, 0))
@@ -102,11 +126,16 @@ def _from_hugging_face(path: paths.PathLike, mesh: jax.sharding.Mesh, changes: D
   config = source.model.replace(**changes)
   flat = {name: source.read(PARAMS + name) for name in names.t5x_shapes(config)}
   shardings = jax.tree.map(lambda x: x.sharding, _template(config, mesh))
-  run = dict(source.run) or config_lib.to_dict(config_lib.RunConfig(model=config))
+  return Model(config, jax.tree.map(jax.device_put, names.from_t5x_names(config, flat), shardings), source.step,
+               _run_of(path, source), mesh)
+
+
+def _run_of(path: paths.PathLike, source: HuggingFaceSource) -> Dict[str, Any]:
+  """The run of a Hugging Face folder, with the vocabulary that lies in it."""
+  run = dict(source.run) or config_lib.to_dict(config_lib.RunConfig(model=source.model))
   vocabulary = paths.path(path) / 'spiece.model'
   if vocabulary.exists():
     run['data'] = {**run['data'], 'vocabulary': str(vocabulary)}
     if hf_tokenizer.has_sentinels(vocabulary.read_bytes()):
       run['data']['extra_ids'] = 0
-  return Model(config, jax.tree.map(jax.device_put, names.from_t5x_names(config, flat), shardings), source.step, run,
-               mesh)
+  return run

@@ -22,9 +22,11 @@ LAYERS = (
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling', 'decoding',
-     'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat'),
-    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench'),
-    ('command_line', 'conversion', 'inspection', 'loading', 'replay', 'training_loop', 'train', 'tasks', 'tools'),
+     'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files'),
+    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench',
+     'task_eval'),
+    ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay', 'training_loop',
+     'train', 'tasks', 'tools'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.

@@ -19,8 +19,8 @@ from etils import epath
 import numpy as np
 
 from openmoe_jax import paths
+from openmoe_jax.bar import Bar
 from openmoe_jax.config import ConfigError, require
-from openmoe_jax.convert.bar import Bar
 from openmoe_jax.convert.tensors import PARAMS, PART_BYTES, Sink, Source, TensorInfo, part_rows, sum_bits
 
 JOURNAL = 'conversion'
