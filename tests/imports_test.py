@@ -16,17 +16,18 @@ LONGEST = 500
 # docs/architecture.md has this table with a sentence about each. A module imports from lower layers, and from its own
 # layer as long as that makes no circle.
 LAYERS = (
-    ('config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules', 'tensorflow_setup',
-     'environment', 'launch'),
+    ('config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
+     'tensorflow_setup', 'environment', 'launch'),
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
-     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling', 'decoding',
-     'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files'),
+     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling',
+     'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
+     'sandbox', 'code_execution'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench',
      'task_eval'),
-    ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay', 'training_loop',
-     'train', 'tasks', 'tools'),
+    ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
+     'training_loop', 'train', 'tasks', 'tools'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.
