@@ -24,8 +24,8 @@ LAYERS = (
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling',
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
      'sandbox', 'code_execution'),
-    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench',
-     'task_eval'),
+    ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
+     'mt_bench'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
      'training_loop', 'train', 'tasks', 'tools'),
 )

@@ -14,11 +14,12 @@ from openmoe_jax import paths
 
 FILES = ('loss.png', 'expert_load.png')
 _TRAIN = '#9aa5b1'
-_COLOURS = ('#1f6fb4', '#d1495b', '#2f8f6b', '#b07aa1', '#c98a1b', '#3d5a80', '#8d6e63', '#557a46')
+COLOURS = ('#1f6fb4', '#d1495b', '#2f8f6b', '#b07aa1', '#c98a1b', '#3d5a80', '#8d6e63', '#557a46')
 _MOST_TOP = 2.0  # the colour scale of loads ends at 2x and 1/2x the mean, on a logarithmic scale, or beyond if needed
 
 
-def _pyplot():
+def styled_pyplot():
+  """matplotlib's pyplot, drawing to files, with the look that all pictures of this library have."""
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
@@ -42,7 +43,7 @@ def write_plots(model_dir: paths.PathLike, sparse_layers: Optional[Sequence[int]
       continue
     stream = io.BytesIO()
     figure.savefig(stream, format='png')
-    _pyplot().close(figure)
+    styled_pyplot().close(figure)
     (folder / name).write_bytes(stream.getvalue())
     written.append(str(folder / name))
   return written
@@ -78,7 +79,7 @@ def loss_figure(records: Sequence[Dict[str, Any]]):
   if not train and not sources:
     return None
   scale, unit = _unit(max(r['tokens'] for r in [*train, *sum(sources.values(), [])]))
-  pyplot = _pyplot()
+  pyplot = styled_pyplot()
   figure, axes = pyplot.subplots(figsize=(8.5, 4.8), layout='constrained')
   labels = []  # (y, text, colour) at the right-hand end of each curve
   if train:
@@ -88,7 +89,7 @@ def loss_figure(records: Sequence[Dict[str, Any]]):
     smoothed = smooth(y, max(len(y) // 25, 1))
     axes.plot(x, smoothed, color='#52606d', linewidth=1.6)
     labels.append((smoothed[-1], f'training  {smoothed[-1]:.2f}', '#52606d'))
-  for colour, (source, points) in zip(_COLOURS * 8, sorted(sources.items())):
+  for colour, (source, points) in zip(COLOURS * 8, sorted(sources.items())):
     x, y = [r['tokens'] / scale for r in points], [r['loss'] for r in points]
     axes.plot(x, y, color=colour, linewidth=1.8, marker='o', markersize=3.5)
     labels.append((y[-1], f'{source}  {y[-1]:.2f}', colour))
@@ -134,7 +135,7 @@ def load_figure(records: Sequence[Dict[str, Any]], sparse_layers: Optional[Seque
   scale, unit = _unit(tokens[-1])
   _, layers, experts = load.shape
   names = list(sparse_layers) if sparse_layers is not None else list(range(layers))
-  pyplot = _pyplot()
+  pyplot = styled_pyplot()
   from matplotlib import colors
   height = min(max(experts * .11, 1.1), 3.2)
   figure, axes = pyplot.subplots(layers, 1, figsize=(8.5, layers * (height + .45) + .9), sharex=True, squeeze=False,
