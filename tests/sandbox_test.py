@@ -425,13 +425,13 @@ def test_impossible_limits(changes, message):
     running.Limits(**changes)
 
 
-def test_a_caller_that_dies_takes_the_program_with_it():
+def test_a_caller_that_dies_takes_the_program_with_it(tmp_path):
   """The program's processes notice by themselves: nobody is there to end them."""
   name = f'alone{os.getpid()}'
   program = f'import ctypes\nctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0)\nwhile True: pass'
   caller = ('from openmoe_jax.sandbox import isolation, running\n'
             f'running.run({program!r}, isolation.isolation().tools, running.Limits(seconds=100))')
-  process = subprocess.Popen([sys.executable, '-c', caller])
+  process = subprocess.Popen([sys.executable, '-c', caller], env={**os.environ, 'TMPDIR': str(tmp_path)})
   try:
     wait_for(lambda: named(name))
   finally:
