@@ -31,6 +31,7 @@ class Request(NamedTuple):
     data, mesh, model: settings that differ from those of the checkpoint's run; only what was given.
     all_checkpoints: every step of the model_dir, not the newest alone.
     int8: with int8 kernels.
+    allow_code_execution: programs that the model writes are run.
   """
   settings: EvalConfig
   data: Mapping[str, Any] = {}
@@ -38,6 +39,7 @@ class Request(NamedTuple):
   model: Mapping[str, Any] = {}
   all_checkpoints: bool = False
   int8: bool = False
+  allow_code_execution: bool = False
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -61,6 +63,8 @@ def _parser() -> command_line.Parser:
   parser = command_line.Parser(prog='openmoe-eval', description=__doc__)
   parser.add_argument('--all_checkpoints', action='store_true', help='evaluate every step in the model_dir')
   parser.add_argument('--int8', action='store_true', help='with kernels as int8')
+  parser.add_argument('--allow_code_execution', action='store_true', help='run the programs that the model writes for '
+                      'HumanEval; what holds them on this machine is printed beforehand')
   group = parser.add_argument_group('several processes')
   group.add_argument('--coordinator_address', help='host:port of process 0')
   group.add_argument('--num_processes', type=int)
@@ -88,7 +92,8 @@ def _request(args: argparse.Namespace) -> Request:
     require(settings.checkpoint, 'no model: give --model_dir=DIR, or EvalConfig.checkpoint')
     require(settings.tasks or settings.perplexity, 'nothing to evaluate: give a file recipes/eval_*.gin, '
             '--gin.EvalConfig.tasks=NAME,NAME or --gin.EvalConfig.perplexity=MIXTURE')
-  return Request(settings, given['data'], given['mesh'], given['model'], args.all_checkpoints, args.int8)
+  return Request(settings, given['data'], given['mesh'], given['model'], args.all_checkpoints, args.int8,
+                 args.allow_code_execution)
 
 
 def evaluate(request: Request, say: Optional[Callable[[str], None]] = None) -> List[Dict[str, Any]]:
@@ -110,7 +115,7 @@ def evaluate(request: Request, say: Optional[Callable[[str], None]] = None) -> L
     mesh = partitioning.make_mesh(MeshConfig(**{'data': -1, **request.mesh}))
   run = loading.read_run(checkpoints[0])
   data = dataclasses.replace(config_lib.from_dict(DataConfig, run['data']), **request.data)
-  suite = Suite(settings, data)
+  suite = Suite(settings, data, allow_code_execution=request.allow_code_execution, say=say)
   folder = settings.output_dir or str(_home(settings.checkpoint) / _OUTPUT)
   store = results_lib.Results(folder, {'checkpoint': str(_home(settings.checkpoint)), 'model': run['model']})
   for checkpoint in checkpoints:
@@ -118,7 +123,7 @@ def evaluate(request: Request, say: Optional[Callable[[str], None]] = None) -> L
     step, tokens = loading.read_position(checkpoint)
     for name in suite.names:
       what = results_lib.settings_of(settings, dtype=request.model.get('dtype', run['model']['dtype']), int8=request.int8,
-                                     vocabulary=data.vocabulary)
+                                     vocabulary=data.vocabulary, allow_code_execution=request.allow_code_execution)
       record = store.find(step, name, what)
       if launch.every_process(record is not None):
         say(f'step {step}, {_line(record)}: done before')
@@ -178,7 +183,7 @@ def _report(store: Any, model: Any, record: Mapping[str, Any]) -> None:
   name = store.folder.parent.name if store.folder.name == _OUTPUT else store.folder.name
   paths.write_text(store.folder / 'results.md', tables.markdown(store.all(), name))
   writers = Writers(store.folder, model.config)
-  writers.evaluation(record['step'], record['task'].replace(' ', '_'), record['figures'])
+  writers.task(record['step'], record['task'].replace(' ', '_'), record['figures'])
   writers.close()
 
 

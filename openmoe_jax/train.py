@@ -10,16 +10,17 @@ each --coordinator_address, --num_processes and --process_id.
 """
 
 import contextlib
+import functools
 import sys
 import time
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe_jax import checkpoints, command_line, launch, paths, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
-from openmoe_jax.config import ConfigError, RunConfig, require
+from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
 from openmoe_jax.optimizers import make_optimizer, state_axes
 from openmoe_jax.partitioning import make_mesh, shardings, tree_shardings, validate_mesh
@@ -94,6 +95,7 @@ def train(run: RunConfig) -> None:
   vocabulary.check_fits(run.model.vocab_size)
   streams = data.TrainStreams(run.data, run.train.num_microbatches, data.local_stream_ids(mesh, run.data))
   evaluator = Evaluator(run, mesh, make_eval_step(run.model, mesh=mesh))
+  suite = _suite(run)
 
   primary = jax.process_index() == 0
   tokens_per_step = run.data.batch_size * run.data.row_length
@@ -116,7 +118,8 @@ def train(run: RunConfig) -> None:
     writers = Writers(run.model_dir, run.model, write=primary)
     writers.begin(int(state.step))
     writers.text(int(state.step), {'config': command_line.format_config(run)})
-    loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress)
+    loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress,
+                        suite and functools.partial(_evaluate_tasks, run, mesh, suite, progress.say))
     try:
       state = loop.run(state, saved)
     except BaseException:
@@ -133,6 +136,26 @@ def train(run: RunConfig) -> None:
       progress.say(f'wrote {file}')
   verb = 'finished' if int(state.step) >= run.train.train_steps else 'stopped'
   progress.say(f'{verb} after {duration(time.monotonic() - started)}; everything is in {run.model_dir}')
+
+
+def _suite(run: RunConfig) -> Any:
+  """The evaluation tasks that are to run during training, with their data; None if there are none."""
+  if not run.eval.tasks or not run.eval.period:
+    return None
+  from openmoe_jax.task_eval.suite import Suite
+  return Suite(run.eval, run.data, perplexity=False)
+
+
+def _evaluate_tasks(run: RunConfig, mesh: jax.sharding.Mesh, suite: Any, say: Callable[[str], None], step: int,
+                    params: Any) -> Dict[str, Dict[str, float]]:
+  """{task: figures} of the parameters after a step."""
+  from openmoe_jax.loading import Model
+  model = Model(run.model, params, step, to_dict(run), mesh)
+  figures = {}
+  for name in suite.names:
+    figures[name] = suite.evaluate(name, model, say=lambda text: None).figures
+    say(f'{name} at step {step}: ' + ', '.join(f'{figure} {value:.4g}' for figure, value in figures[name].items()))
+  return figures
 
 
 def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:

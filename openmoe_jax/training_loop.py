@@ -29,10 +29,12 @@ class TrainingLoop:
     streams: iterator of host batches with `state()`, the position after the batches handed out.
     to_global: host batch -> sharded global arrays.
     evaluator, writers, checkpointer, progress: where results go.
+    tasks: (step, params) -> {task: figures}, called every `run.eval.period` steps and at the end; None: no tasks.
   """
 
   def __init__(self, run: RunConfig, train_step: Callable, streams: Any, to_global: Callable, evaluator: Evaluator,
-               writers: Writers, checkpointer: Checkpointer, progress: Progress):
+               writers: Writers, checkpointer: Checkpointer, progress: Progress,
+               tasks: Optional[Callable[[int, Any], Mapping[str, Mapping[str, float]]]] = None):
     self._run = run
     self._train_step = train_step
     self._streams = streams
@@ -41,8 +43,10 @@ class TrainingLoop:
     self._writers = writers
     self._checkpointer = checkpointer
     self._progress = progress
+    self._tasks = tasks
     self._window = MetricWindow()
     self._evaluated = -1  # the last step after which there was an evaluation
+    self._tasks_done = -1  # the same of tasks
     self._finite = jax.jit(lambda tree: jnp.all(jnp.asarray([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])))
 
   def run(self, state: TrainState, saved: Mapping[str, Any]) -> TrainState:
@@ -59,12 +63,15 @@ class TrainingLoop:
     step, end = int(state.step), self._run.train.train_steps
     self._window = MetricWindow(saved.get('window', {}))
     self._evaluated = saved.get('evaluated', -1)
+    self._tasks_done = saved.get('tasks_done', -1)
     if step >= end:
       self._progress.say(f'step {step} is reached and train_steps = {end}: nothing to train; a larger TRAIN_STEPS goes on')
       return state
     with self._progress, launch.StopRequest() as stop:
       if saved and self._due(self._run.train.eval_period, step) and self._evaluated != step:
         self._evaluate(step, state)  # the last process was told to stop when this was due
+      if saved and self._tasks_due(step):
+        self._evaluate_tasks(step, state)
       state, step = self._steps(state, step, end, stop)
       if step < end:
         self._save(step, state, wait=True)
@@ -74,6 +81,8 @@ class TrainingLoop:
         self._log(end)
       if self._evaluated != end:
         self._evaluate(end, state)
+      if self._tasks and self._tasks_done != end:
+        self._evaluate_tasks(end, state)
       self._save(end, state, wait=True)
     return state
 
@@ -90,8 +99,9 @@ class TrainingLoop:
       under_way = (step, metrics)
       stopping = stop.after(step)
       evaluate = self._due(self._run.train.eval_period, step)
+      evaluate_tasks = self._tasks_due(step)
       save = self._due(self._run.checkpoint.period, step)
-      if not (evaluate or save or stopping or step == end or first):
+      if not (evaluate or evaluate_tasks or save or stopping or step == end or first):
         continue
       self._account(*under_way)
       under_way = None
@@ -102,14 +112,19 @@ class TrainingLoop:
         break
       if evaluate:
         self._evaluate(step, state)
+      if evaluate_tasks:
+        self._evaluate_tasks(step, state)
       if save:
         self._save(step, state)
-      if evaluate or save:
+      if evaluate or evaluate_tasks or save:
         self._progress.clock.pause()
     return state, step
 
   def _due(self, period: int, step: int) -> bool:
     return period > 0 and step % period == 0
+
+  def _tasks_due(self, step: int) -> bool:
+    return self._tasks is not None and self._due(self._run.eval.period, step) and self._tasks_done != step
 
   def _account(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """Waits for a step's metrics, checks and adds them up, and logs if it is time."""
@@ -153,12 +168,23 @@ class TrainingLoop:
       self._progress.say(f'validation at step {step}: {describe_evaluation(source, record)}')
     self._evaluated = step
 
+  def _evaluate_tasks(self, step: int, state: TrainState) -> None:
+    try:
+      figures = self._tasks(step, state.params)
+    except Exception:
+      self._save(step, state, wait=True)
+      raise
+    for task, record in figures.items():
+      self._writers.task(step, task, {'tokens': self._tokens(step), **record})
+    self._tasks_done = step
+
   def _save(self, step: int, state: TrainState, wait: bool = False) -> None:
     self._writers.flush()  # no checkpoint is ahead of its history
     # The metrics are of the state before a step: an update that broke down would show after it was saved.
     if self._run.train.stop_on_nan and not self._finite((state.params, state.opt_state)):
       self._stop(step, 'an update of the parameters or the optimizer state is not finite')
-    progress = {'window': self._window.state(), 'evaluated': self._evaluated}
+    progress = {'window': self._window.state(), 'evaluated': self._evaluated,
+                'tasks_done': self._tasks_done}
     self._checkpointer.save(state, self._streams.state(), progress, wait)
 
 

@@ -72,6 +72,13 @@ class Writers:
       self._board.write_scalars(step, {f'eval/{source}/{name}': value
                                        for name, value in scalars(record, self._model).items()})
 
+  def task(self, step: int, name: str, record: Mapping[str, Any]) -> None:
+    """Figures of an evaluation task, which need not have a loss."""
+    self.history.append({'kind': 'task', 'step': step, 'task': name, **record})
+    if self._board:
+      self._board.write_scalars(step, {f'eval/{name}/{figure}': value
+                                       for figure, value in scalars(record, self._model).items()})
+
   def text(self, step: int, texts: Mapping[str, str]) -> None:
     if self._board:
       self._board.write_texts(step, dict(texts))

@@ -6,13 +6,14 @@ import re
 
 from openmoe_jax import gin_utils, partitioning
 from openmoe_jax.analysis import memory, parameters
-from openmoe_jax.config import ConfigError
+from openmoe_jax.config import ConfigError, EvalConfig
 from openmoe_jax.routers.groups import group_tokens
 from openmoe_jax.tools import document_configuration
 import pytest
 
 FILES = gin_utils.package_gin_files()
-RECIPES = [name for name in FILES if name.startswith('recipes/')]
+EVALUATIONS = [name for name in FILES if name.startswith(document_configuration.EVALUATIONS)]
+RECIPES = [name for name in FILES if name.startswith('recipes/') and name not in EVALUATIONS]
 # Parts that others include: they name no model of their own.
 PARTS = {'openmoe.gin', 'models/openmoe.gin', 'models/openllama.gin', 'runs/pretrain.gin', 'runs/continue.gin',
          'runs/finetune.gin'}
@@ -26,7 +27,7 @@ def load(name, *bindings):
 
 @pytest.mark.parametrize('name', FILES)
 def test_every_file_can_be_read(name):
-  if name in PARTS:
+  if name in PARTS or name in EVALUATIONS or name == 'runs/eval.gin':
     with pytest.raises(ConfigError, match='name no model'):
       load(name)
   else:
@@ -163,6 +164,22 @@ def test_demo_trains_a_million_tokens_in_pieces_that_divide():
     assert run.data.vocabulary == '' and run.model.vocab_size >= 8192 + run.data.extra_ids
     assert parameters.count_parameters(run.model).parts['experts'] > 0
   assert load('recipes/demo.gin').data.row_length == load('recipes/demo_ul2.gin').data.row_length
+
+
+@pytest.mark.parametrize('name', EVALUATIONS)
+def test_an_evaluation_names_tasks_that_exist(name):
+  from openmoe_jax.tasks import evaluation
+  given = gin_utils.load_settings([name], ['CHECKPOINT_PATH=x', 'EVAL_OUTPUT_DIR=y', 'BATCH_SIZE=3'])
+  settings = EvalConfig(**given['eval'])
+  assert settings.tasks and set(settings.tasks) <= {*evaluation.NAMES, 'bigbench_lite'}
+  assert (settings.checkpoint, settings.output_dir, settings.batch_size) == ('x', 'y', 3)
+  assert not any(given[section] for section in given if section != 'eval')
+
+
+def test_every_task_has_a_recipe():
+  from openmoe_jax.tasks import evaluation
+  named = {task for name in EVALUATIONS for task in gin_utils.load_settings([name])['eval']['tasks']}
+  assert named == {*evaluation.NAMES, 'bigbench_lite'}
 
 
 def test_documentation_is_up_to_date():

@@ -16,7 +16,8 @@ from openmoe_jax import command_line, config, gin_utils
 from openmoe_jax.analysis.parameters import count_parameters
 
 _BLOCK = re.compile(r'(<!-- generated: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
-_WIRING = ('models/openmoe.gin', 'runs/pretrain.gin', 'runs/continue.gin', 'runs/finetune.gin')
+EVALUATIONS = 'recipes/eval_'  # recipes of openmoe-eval, which name no model
+_WIRING = ('models/openmoe.gin', 'runs/pretrain.gin', 'runs/continue.gin', 'runs/finetune.gin', 'runs/eval.gin')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -29,7 +30,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def fill(text: str) -> str:
   """`text` with every generated part made anew."""
-  makers = {'macros': macros, 'settings': settings, 'models': models, 'recipes': recipes}
+  makers = {'macros': macros, 'settings': settings, 'models': models, 'recipes': recipes,
+            'evaluations': evaluations}
   return _BLOCK.sub(lambda found: found[1] + makers[found[2]]() + found[3], text)
 
 
@@ -128,7 +130,7 @@ def recipes() -> str:
   """Every recipe with what it trains on."""
   rows = []
   for name in gin_utils.package_gin_files():
-    if name.startswith('recipes/'):
+    if name.startswith('recipes/') and not name.startswith(EVALUATIONS):
       head, original = describe(name)
       run = _load(name)
       lengths = ' + '.join(f'{length}' for length in run.data.task_feature_lengths.values())
@@ -138,6 +140,16 @@ def recipes() -> str:
                    original))
   return _table(('recipe', 'what', 'mixture or task', 'lengths', 'batch / microbatches', 'steps', 'expert x model',
                  'original'), rows)
+
+
+def evaluations() -> str:
+  """Every recipe of openmoe-eval with its tasks."""
+  rows = []
+  for name in gin_utils.package_gin_files():
+    if name.startswith(EVALUATIONS):
+      tasks = gin_utils.load_settings([name])['eval']['tasks']
+      rows.append((f'`{name}`', describe(name)[0], ', '.join(f'`{task}`' for task in tasks)))
+  return _table(('recipe', 'what', 'tasks'), rows)
 
 
 def describe(name: str) -> Sequence[str]:

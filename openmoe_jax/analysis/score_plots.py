@@ -4,7 +4,7 @@ import io
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from openmoe_jax import paths
-from openmoe_jax.analysis.plots import _COLOURS, _pyplot, _unit
+from openmoe_jax.analysis.plots import COLOURS, _unit, styled_pyplot
 from openmoe_jax.task_eval.published import FIGURE_3, PublishedModel
 from openmoe_jax.task_eval.tables import main_figure
 
@@ -16,7 +16,7 @@ def write(figure: Any, file: paths.PathLike) -> str:
   """Writes a figure as a PNG and closes it; returns the path."""
   stream = io.BytesIO()
   figure.savefig(stream, format='png')
-  _pyplot().close(figure)
+  styled_pyplot().close(figure)
   paths.path(file).write_bytes(stream.getvalue())
   return str(file)
 
@@ -30,22 +30,23 @@ def cost_figure(own: Sequence[PublishedModel] = ()) -> Any:
   Args:
     own: models besides the published ones; score None leaves one out.
   """
-  pyplot = _pyplot()
+  pyplot = styled_pyplot()
   figure, axes = pyplot.subplots(figsize=(6.4, 4.4))
   models = [*FIGURE_3, *own]
   least = min(model.active * model.tokens for model in models)
   for i, model in enumerate(models):
-    colour = _COLOURS[i % len(_COLOURS)]
+    colour = COLOURS[i % len(COLOURS)]
     x = model.active * model.tokens / least
     area = lambda parameters: max(_POINTS_PER_BILLION * parameters / 1e9, 12.)
     axes.scatter(x, model.score, s=area(model.total), color=colour, alpha=.18, linewidths=0, zorder=2)
     axes.scatter(x, model.score, s=area(model.active), color=colour, zorder=3,
                  edgecolors='black' if i >= len(FIGURE_3) else 'none')
     offset = (area(model.total) ** .5) / 2 + 4
-    axes.annotate(model.name, (x, model.score), (0, -offset), textcoords='offset points', ha='center', va='top',
-                  fontsize=9, zorder=4, fontweight='bold' if i >= len(FIGURE_3) else 'normal')
+    axes.annotate(model.name, (x, model.score), (offset, 0), textcoords='offset points', va='center', fontsize=9, zorder=4,
+                  fontweight='bold' if i >= len(FIGURE_3) else 'normal')
   axes.set_xscale('log')
-  axes.margins(.22, .28)
+  axes.margins(.3, .2)
+  axes.text(.02, .97, 'area of dot: active parameters; of shadow: all', transform=axes.transAxes, va='top', fontsize=8)
   axes.set(xlabel='relative training cost: active parameters in blocks x tokens', ylabel='BIG-bench-Lite, normalised',
            title='Score over cost')
   return figure
@@ -60,7 +61,7 @@ def steps_figure(records: Sequence[Mapping[str, Any]]) -> Optional[Any]:
     by_task.setdefault(record['task'], []).append(record)
   known = all(record['tokens'] for record in records)
   scale, unit = _unit(max(record['tokens'] for record in records)) if known else (1., 'steps')
-  pyplot = _pyplot()
+  pyplot = styled_pyplot()
   columns = min(len(by_task), 3)
   rows = -(-len(by_task) // columns)
   figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3. * rows), squeeze=False, layout='constrained')
@@ -68,7 +69,7 @@ def steps_figure(records: Sequence[Mapping[str, Any]]) -> Optional[Any]:
     name = main_figure(own[0])
     own = sorted(own, key=lambda record: record['step'])
     axes.plot([(record['tokens'] if known else record['step']) / scale for record in own],
-              [record['figures'][name] for record in own], marker='o', color=_COLOURS[i % len(_COLOURS)])
+              [record['figures'][name] for record in own], marker='o', color=COLOURS[i % len(COLOURS)])
     axes.set_title(task, fontsize=9)
     axes.set(xlabel=unit, ylabel=name)
   for axes in list(grid.flat)[len(by_task):]:

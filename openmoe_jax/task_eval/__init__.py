@@ -3,6 +3,6 @@
   suite = Suite(settings, data)            # reads and checks all data
   result = suite.evaluate('boolq', model)
 
-`answers` asks a model, `seqio_tasks` and `bigbench_lite` mark, `suite` knows all names, `results` keeps what was found, `tables` and
-`published` put it beside the paper's figures.
+`answers` asks a model; `seqio_tasks`, `programs` and `bigbench_lite` mark; `suite` knows all names; `results` keeps what
+was found; `tables` and `published` put it beside the paper's figures.
 """

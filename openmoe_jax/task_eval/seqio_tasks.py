@@ -10,6 +10,7 @@ import numpy as np
 
 from openmoe_jax import mixtures
 from openmoe_jax.config import DataConfig, EvalConfig, require
+from openmoe_jax.task_eval import programs
 from openmoe_jax.task_eval.answers import Answerer
 
 _RECORD = 'idx'  # of rank classification: number of the question, number of the answer
@@ -65,13 +66,15 @@ def _records(examples: Sequence[Mapping[str, Any]], ranks: bool) -> int:
   return len(examples)
 
 
-def evaluate(questions: Questions, answerer: Answerer) -> Dict[str, Any]:
+def evaluate(questions: Questions, answerer: Answerer, allow_code_execution: bool = False) -> Dict[str, Any]:
   """`figures`, the task's metrics (of generated answers, means over the samples), and `predictions`, a dictionary a
-  question."""
-  return (_by_likelihood if questions.by_likelihood else _by_generation)(questions, answerer)
+  question. Generated programs are run where that is allowed; pass@k is then among the figures."""
+  if questions.by_likelihood:
+    return _by_likelihood(questions, answerer)
+  return _by_generation(questions, answerer, allow_code_execution)
 
 
-def _by_generation(questions: Questions, answerer: Answerer) -> Dict[str, Any]:
+def _by_generation(questions: Questions, answerer: Answerer, allow_code_execution: bool) -> Dict[str, Any]:
   task, examples = questions.task, questions.examples
   answers = answerer.generate([_ids(example, 'inputs') for example in examples], task.name)
   targets = [_processed(task, _text(answerer, example, 'targets'), example, True) for example in examples]
@@ -85,8 +88,13 @@ def _by_generation(questions: Questions, answerer: Answerer) -> Dict[str, Any]:
   predictions = [{**_described(answerer, example), 'target': target, 'outputs': [a.text for a in answer],
                   'answers': [values[i] for values in processed]}
                  for i, (example, answer, target) in enumerate(zip(examples, answers, targets))]
-  return {'figures': {name: float(np.mean([marks[name] for marks in figures])) for name in figures[0]},
-          'predictions': predictions}
+  means = {name: float(np.mean([marks[name] for marks in figures])) for name in figures[0]}
+  if allow_code_execution and programs.has_programs(examples):
+    rates, status = programs.run(examples, answers)
+    means = {**rates, **means}
+    for prediction, row in zip(predictions, status):
+      prediction['status'] = row
+  return {'figures': means, 'predictions': predictions}
 
 
 def _by_likelihood(questions: Questions, answerer: Answerer) -> Dict[str, Any]:

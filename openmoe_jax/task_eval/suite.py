@@ -8,12 +8,13 @@ from typing import Any, Callable, Dict, List, NamedTuple
 import jax
 import numpy as np
 
+from openmoe_jax import code_execution
 from openmoe_jax import decoding
 from openmoe_jax import partitioning
 from openmoe_jax.bar import Bar
 from openmoe_jax.config import DataConfig, EvalConfig, RunConfig, from_dict, require
 from openmoe_jax.progress import short_number
-from openmoe_jax.task_eval import bigbench_lite, seqio_tasks
+from openmoe_jax.task_eval import bigbench_lite, programs, seqio_tasks
 from openmoe_jax.task_eval.answers import Answerer
 
 PERPLEXITY = 'perplexity of '
@@ -45,14 +46,18 @@ class Suite:
     settings: which tasks, and how answers are made.
     data: of the model's run: vocabulary, rows, where TFDS data sets lie.
     perplexity: False leaves EvalConfig.perplexity out.
+    allow_code_execution: whether programs that a model writes may be run.
+    say: prints a line.
 
   Raises:
     ConfigError: an unknown task, or one that cannot be evaluated; data that are missing or damaged.
   """
 
-  def __init__(self, settings: EvalConfig, data: DataConfig, perplexity: bool = True):
+  def __init__(self, settings: EvalConfig, data: DataConfig, perplexity: bool = True,
+               allow_code_execution: bool = False, say: Callable[[str], None] = print):
     self._settings = settings
     self._data = data
+    self._run_programs = allow_code_execution
     from openmoe_jax import mixtures
     mixtures.load_tasks(data, '')
     importlib.import_module('openmoe_jax.tasks.evaluation').configure(settings.data_dir)
@@ -61,6 +66,11 @@ class Suite:
     self._bigbench = bigbench_lite.read(settings) if bigbench_lite.NAME in settings.tasks else {}
     self._questions = {name: seqio_tasks.read(name, settings, data) for name in settings.tasks
                        if name != bigbench_lite.NAME}
+    with_programs = [name for name, questions in self._questions.items() if programs.has_programs(questions.examples)]
+    if with_programs and allow_code_execution:
+      say(code_execution.isolation().sentence())
+    elif with_programs:
+      say(f'{", ".join(with_programs)}: without --allow_code_execution no program is run, so there is no pass@k')
     self._perplexity = {PERPLEXITY + name: name for name in settings.perplexity} if perplexity else {}
     for name in self._perplexity.values():
       mixtures.provider_for(data, name, data.eval_split, 'EvalConfig.perplexity')
@@ -94,7 +104,7 @@ class Suite:
       if name == bigbench_lite.NAME:
         found = bigbench_lite.evaluate(self._bigbench, answerer)
       else:
-        found = seqio_tasks.evaluate(self._questions[name], answerer)
+        found = seqio_tasks.evaluate(self._questions[name], answerer, self._run_programs)
         total = self._questions[name].count
     return Result(name, found['figures'], found['predictions'], total, answerer.cut, time.monotonic() - start)
 
