@@ -1,6 +1,8 @@
 """openmoe-eval and what it is made of: log-likelihoods and answers are those of the model, results are kept, done work is
 not done again, and several devices or processes change nothing."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import socket
@@ -23,6 +25,7 @@ from openmoe_jax.task_eval.answers import Answer, Answerer
 from openmoe_jax.tasks import evaluation
 from tests import tiny_checkpoint, tiny_run
 from tests.evaluation_tasks_test import BOOL, FILES, write
+from tests.quick_jit import jit
 
 PROBLEMS = [json.loads(line) for line in
             (pathlib.Path(__file__).parent / 'data' / 'code_problems.jsonl').read_text().splitlines()]
@@ -62,12 +65,21 @@ def questions(name, folder, **changes):
   return seqio_tasks.read(name, settings(folder, **changes), DataConfig())
 
 
+@functools.lru_cache(maxsize=None)
+def forward(config):
+  """Log-probabilities [128, V] of a row of 128 places by one plain forward pass."""
+  def log_probs(params, tokens):
+    batch = {'decoder_input_tokens': jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens}
+    logits = OpenMoE(decoding.dropless(config)).apply({'params': params}, batch)
+    return jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)[0])
+  return jit(log_probs)
+
+
 def direct(model, prefix, target):
-  """Log-likelihood by one plain forward pass over exactly these tokens."""
-  tokens = np.asarray([[*prefix, *target]], np.int32)
-  batch = {'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens}
-  logits = OpenMoE(decoding.dropless(model.config)).apply({'params': model.params}, batch)
-  log_probs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)[0])
+  """Log-likelihood of the target by a forward pass over the whole row."""
+  tokens = np.zeros((1, 128), np.int32)
+  tokens[0, :len(prefix) + len(target)] = [*prefix, *target]
+  log_probs = np.asarray(forward(model.config)(model.params, tokens))
   return sum(float(log_probs[len(prefix) + i, token]) for i, token in enumerate(target))
 
 
@@ -95,7 +107,6 @@ def test_neither_batches_nor_neighbours_matter(model, folder):
   asked = questions('trivia_qa_v010_nocontext', folder)
   drawn = settings(folder, num_samples=3, temperature=1., seed=4)
   get = lambda s: seqio_tasks.evaluate(asked, Answerer(model, s))['predictions']
-  import dataclasses
   assert get(drawn) == get(dataclasses.replace(drawn, batch_size=1))
   assert len(set(get(drawn)[0]['outputs'])) == 3
   scored = questions('arc', folder)
@@ -220,7 +231,6 @@ def test_a_mesh_and_int8(checkpoint, folder, tmp_path):
 def test_perplexity_is_that_of_validation(checkpoint, model, tmp_path):
   from openmoe_jax.train_step import make_eval_step
   from openmoe_jax.config import RunConfig, from_dict
-  import dataclasses
   run_config = from_dict(RunConfig, model.run)
   run_config = dataclasses.replace(run_config, model=decoding.dropless(model.config), data=dataclasses.replace(
       run_config.data, eval_mixture_or_task='demo_code_full_lm', eval_batches=1))
