@@ -148,8 +148,8 @@ def stream_examples(data: DataConfig, mixture: Any, stream: int, extra_features:
 
 def _stream_dataset(data: DataConfig, mixture: Any, stream: int) -> Any:
   """Rows of one stream, [batch_size / num_streams, L] at a time."""
-  from openmoe_jax.feature_converters import decoder_converter
-  converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
+  from openmoe_jax.feature_converters import converter_for
+  converter = converter_for(mixture, data, data.task_feature_lengths)
   return _batched(data, converter(stream_examples(data, mixture, stream), data.task_feature_lengths))
 
 
@@ -164,14 +164,14 @@ def _scheduled_dataset(data: DataConfig, sources: Sequence[Any], phases: Sequenc
   source goes on where it was when its rate changes.
   """
   tf = import_tensorflow()
-  from openmoe_jax.feature_converters import decoder_converter
+  from openmoe_jax.feature_converters import converter_for
   with_inputs = any('inputs' in source.output_features for source in sources)
 
   def rows_of(source):
     lengths = data.task_feature_lengths
     if 'inputs' not in source.output_features:
       lengths = {'targets': data.row_length}  # Targets alone have the whole row.
-    converter = decoder_converter(lengths, data.pack, data.loss_on_targets_only)
+    converter = converter_for(source, data, lengths)
     rows = converter(stream_examples(dataclasses.replace(data, task_feature_lengths=lengths), source, stream), lengths)
     if with_inputs and 'inputs' not in source.output_features:
       rows = rows.map(lambda row: {**row, 'decoder_causal_attention': tf.zeros_like(row['decoder_target_tokens'])})
@@ -367,14 +367,14 @@ def eval_batches(data: DataConfig, source: str) -> Iterator[Batch]:
   Every process gets all rows. The last batch is filled up with rows of padding, whose loss weights are 0.
   """
   tf = import_tensorflow()
-  from openmoe_jax.feature_converters import decoder_converter
+  from openmoe_jax.feature_converters import converter_for
   provider = mixtures.provider_for(data, source, data.eval_split)
   rows = data.eval_batch_size or data.batch_size
   with mixtures.reading(provider):
     dataset = provider.get_dataset(data.task_feature_lengths, split=data.eval_split, use_cached=data.use_cached,
                                    shuffle=False, seed=0, num_epochs=1, trim_output_features=False,
                                    try_in_mem_cache=False)
-  converter = decoder_converter(data.task_feature_lengths, data.pack, data.loss_on_targets_only)
+  converter = converter_for(provider, data, data.task_feature_lengths)
   dataset = converter(dataset, data.task_feature_lengths).batch(rows)
   if data.eval_batches:
     dataset = dataset.take(data.eval_batches)

@@ -149,7 +149,8 @@ def noise_mask(length: Any, density: float, mean_span: float, seeds: Sequence[An
   whole = tf.maximum(length, 2)
   noise = tf.cast(tf.round(tf.cast(whole, tf.float32) * density), tf.int32)
   noise = tf.clip_by_value(noise, 1, whole - 1)
-  spans = tf.maximum(tf.cast(tf.round(tf.cast(noise, tf.float32) / mean_span), tf.int32), 1)
+  # At least one kept token goes with each span.
+  spans = tf.clip_by_value(tf.cast(tf.round(tf.cast(noise, tf.float32) / mean_span), tf.int32), 1, whole - noise)
   kept_lengths = _random_partition(whole - noise, spans, seeds[0])
   noise_lengths = _random_partition(noise, spans, seeds[1])
   lengths = tf.reshape(tf.stack([kept_lengths, noise_lengths], axis=1), [-1])

@@ -1,14 +1,15 @@
 """The demo's tasks and mixtures: objectives over text that every Python installation has.
 
 Tasks demo_code_* and demo_prose_*, mixtures demo_* of half code and half prose (the paper's share of code), each with
-splits train and validation; `*` is full_lm, prefix_lm or ul2.
+splits train and validation; `*` is one of `OBJECTIVES`.
 """
 
 import functools
 from typing import Any, Optional
 
-from openmoe_jax import objectives, vocabulary
+from openmoe_jax import denoising, objectives, vocabulary
 from openmoe_jax.data import fingerprint
+from openmoe_jax.feature_converters import WindowFeature
 from openmoe_jax.tasks import standard_library
 from openmoe_jax.tensorflow_setup import import_seqio, import_tensorflow
 
@@ -60,14 +61,16 @@ def _texts(kind: str, split: str, index: int, num_shards: int) -> Any:
     return tf.constant([document.text for document in documents], tf.string, shape=[len(documents)])
 
 
-def _features(*names: str) -> dict:
-  return {name: seqio.Feature(vocabulary=vocabulary.shared(), add_eos=True) for name in names}
+def _features(*names: str, feature: Any = seqio.Feature) -> dict:
+  return {name: feature(vocabulary=vocabulary.shared(), add_eos=True) for name in names}
 
 
 OBJECTIVES = {
     'full_lm': (functools.partial(objectives.full_lm, documents=DOCUMENTS), _features('targets')),
     'prefix_lm': (objectives.prefix_lm, _features('inputs', 'targets')),
     'ul2': (functools.partial(objectives.ul2, documents=DOCUMENTS), _features('inputs', 'targets')),
+    'ul2_corrected': (denoising.ul2_corrected, _features('inputs', 'targets', feature=WindowFeature)),
+    'span_corruption': (denoising.span_corruption, _features('inputs', 'targets', feature=WindowFeature)),
 }
 
 

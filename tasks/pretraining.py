@@ -3,7 +3,8 @@
 A task is CORPUS_OBJECTIVE (`redpajama_c4_ul2`), a mixture mix_OBJECTIVE, mix_OBJECTIVE_stage2 or mix_OBJECTIVE_v2, for
 every objective below; `mix_lesscode_OBJECTIVE` is the first one without The Stack. The original registered only some of
 these combinations; those it had do what they did, but for `mix_ul2_noprefix`: there its tasks were the prefixed ones,
-so that it was a second `mix_ul2`. Here it is what its name says.
+so that it was a second `mix_ul2`. Here it is what its name says. `ul2_corrected` and `span_corruption` are not the
+original's: see `openmoe_jax.denoising`.
 
 Any other data set with the feature `text` that lies in the TFDS folder becomes tasks NAME_OBJECTIVE when it is asked for by such a name.
 """
@@ -13,7 +14,8 @@ import functools
 import re
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
-from openmoe_jax import objectives, paths, vocabulary
+from openmoe_jax import denoising, objectives, paths, vocabulary
+from openmoe_jax.feature_converters import WindowFeature
 from openmoe_jax.tensorflow_setup import import_seqio
 
 seqio = import_seqio()
@@ -65,14 +67,22 @@ class Objective(NamedTuple):
   """Attributes:
     preprocessor: a function of `objectives`.
     features: that it gives.
+    feature: their kind.
   """
   preprocessor: Callable[..., Any]
   features: Tuple[str, ...] = ('inputs', 'targets')
+  feature: Callable[..., seqio.Feature] = seqio.Feature
+
+  def output_features(self) -> Dict[str, seqio.Feature]:
+    """The features of a task, over the vocabulary of the run."""
+    return {name: self.feature(vocabulary.shared(), add_eos=True) for name in self.features}
 
 
 OBJECTIVES = {
     'ul2': Objective(objectives.ul2),
     'ul2_noprefix': Objective(functools.partial(objectives.ul2, denoisers=_WITHOUT_PROMPTS)),
+    'ul2_corrected': Objective(denoising.ul2_corrected, feature=WindowFeature),
+    'span_corruption': Objective(denoising.span_corruption, feature=WindowFeature),
     'prefix_lm': Objective(objectives.prefix_lm),
     'full_lm': Objective(objectives.full_lm, ('targets',)),
 }
@@ -86,8 +96,7 @@ def add_task(name: str, corpus: Corpus, objective: Objective) -> None:
   seqio.TaskRegistry.add(
       # read_only: seqio would otherwise set out to download what is not there.
       name, source=seqio.TfdsDataSource(corpus.tfds_name, splits=corpus.splits, read_only=True),
-      preprocessors=[objective.preprocessor],
-      output_features={feature: seqio.Feature(vocabulary.shared(), add_eos=True) for feature in objective.features})
+      preprocessors=[objective.preprocessor], output_features=objective.output_features())
 
 
 def register() -> None:

@@ -83,9 +83,8 @@ def measure(data: DataConfig, examples: int, pages: int = 12, on_example: Callab
   kept: Dict[Tuple[int, str], List[Page]] = {}
   tokens_cut = examples_cut = 0
   for example in cached.as_numpy_iterator():
-    parts = {name: abs(example[name])[:length] for name, length in data.task_feature_lengths.items()}
-    cut = int(example[_CUT]) + sum(max(len(example[name]) - length, 0)
-                                   for name, length in data.task_feature_lengths.items())
+    parts = {name: abs(example[name])[:length] for name, length in _room(data, mixture, example).items()}
+    cut = int(example[_CUT]) + sum(len(example[name]) - len(part) for name, part in parts.items())
     tokens_cut, examples_cut = tokens_cut + cut, examples_cut + (cut > 0)
     source, objective = int(example[_SOURCE]), objective_of(parts.get('inputs'), parts['targets'], list(configured))
     found.append((source, objective, sum(map(len, parts.values()))))
@@ -95,7 +94,7 @@ def measure(data: DataConfig, examples: int, pages: int = 12, on_example: Callab
       texts.append(Page(names[source], objective, inputs, vocabulary.decode(parts['targets'])))
     on_example()
   require(bool(found), f'{data.mixture_or_task} gives no examples')
-  rows, fill, scored, segments = _rows(data, cached)
+  rows, fill, scored, segments = _rows(data, mixture, cached)
   total = sum(tokens for _, _, tokens in found)
   by_source = {name: rate / sum(rates) for name, rate in zip(names, rates)}
   return Report(
@@ -103,6 +102,15 @@ def measure(data: DataConfig, examples: int, pages: int = 12, on_example: Callab
       objectives=_shares([(objective, tokens) for _, objective, tokens in found], configured),
       examples=len(found), tokens=total, tokens_cut=tokens_cut, examples_cut=examples_cut, rows=rows, fill=fill,
       scored=scored, segments=segments, seconds=time.monotonic() - began, pages=_choose(list(kept.values()), pages))
+
+
+def _room(data: DataConfig, mixture: Any, example: Mapping[str, np.ndarray]) -> Dict[str, int]:
+  """How many tokens of each feature of an example have a place."""
+  from openmoe_jax.feature_converters import share_window
+  room = dict(data.task_feature_lengths)
+  if share_window(mixture) and 'inputs' in room:
+    room = {'inputs': data.row_length, 'targets': max(data.row_length - len(example['inputs']), 0)}
+  return room
 
 
 def _shares(counted: Sequence[Tuple[str, int]], configured: Mapping[str, float]) -> Dict[str, Share]:
@@ -178,12 +186,12 @@ def _cuts_are_counted() -> Iterator[None]:
     preprocessors.append_eos_after_trim = _TRIM.pop()
 
 
-def _rows(data: DataConfig, examples: Any) -> Tuple[int, float, float, float]:
+def _rows(data: DataConfig, mixture: Any, examples: Any) -> Tuple[int, float, float, float]:
   """Rows made of the examples: how many, and shares of places filled, of places scored, and segments per row."""
-  from openmoe_jax.feature_converters import decoder_converter
+  from openmoe_jax.feature_converters import converter_for
   lengths = data.task_feature_lengths
   marked = examples.map(lambda example: {name: example[name] for name in lengths})
-  converter = decoder_converter(lengths, data.pack, data.loss_on_targets_only)
+  converter = converter_for(mixture, data, lengths)
   rows = filled = scored = segments = 0
   last: Optional[np.ndarray] = None
   for row in converter(marked, lengths).as_numpy_iterator():
