@@ -2,6 +2,7 @@
 # make test      the quick tests              make test-all   the slow ones, and those that need PyTorch
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
+# make bench-data     tokens per second of the data path, and how many cores a chip needs
 # make conversion-study   memory and speed of conversions at the base model's size
 #
 # The first of these also creates the virtual environment .venv from requirements.lock; nothing outside this folder is
@@ -22,7 +23,7 @@ DEMO_DIR := runs/demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench bench-decode conversion-study install install-torch clean
+.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -42,6 +43,9 @@ bench: $(INSTALLED)
 
 bench-decode: $(TORCH_INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_decode
+
+bench-data: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.bench_data
 
 # 13 GB of disk, five minutes.
 conversion-study: $(INSTALLED)
