@@ -7,7 +7,7 @@ splits train and validation; `*` is one of `OBJECTIVES`.
 import functools
 from typing import Any, Optional
 
-from openmoe_jax import denoising, objectives, vocabulary
+from openmoe_jax import denoising, fill_in_the_middle, objectives, vocabulary
 from openmoe_jax.data import fingerprint
 from openmoe_jax.feature_converters import WindowFeature
 from openmoe_jax.tasks import standard_library
@@ -71,6 +71,7 @@ OBJECTIVES = {
     'ul2': (functools.partial(objectives.ul2, documents=DOCUMENTS), _features('inputs', 'targets')),
     'ul2_corrected': (denoising.ul2_corrected, _features('inputs', 'targets', feature=WindowFeature)),
     'span_corruption': (denoising.span_corruption, _features('inputs', 'targets', feature=WindowFeature)),
+    'fim': (fill_in_the_middle.fill_in_the_middle, _features('targets')),
 }
 
 

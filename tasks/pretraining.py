@@ -3,8 +3,8 @@
 A task is CORPUS_OBJECTIVE (`redpajama_c4_ul2`), a mixture mix_OBJECTIVE, mix_OBJECTIVE_stage2 or mix_OBJECTIVE_v2, for
 every objective below; `mix_lesscode_OBJECTIVE` is the first one without The Stack. The original registered only some of
 these combinations; those it had do what they did, but for `mix_ul2_noprefix`: there its tasks were the prefixed ones,
-so that it was a second `mix_ul2`. Here it is what its name says. `ul2_corrected` and `span_corruption` are not the
-original's: see `openmoe_jax.denoising`.
+so that it was a second `mix_ul2`. Here it is what its name says. `ul2_corrected`, `span_corruption` and `fim` are not the
+original's: see `openmoe_jax.denoising` and `openmoe_jax.fill_in_the_middle`.
 
 Any other data set with the feature `text` that lies in the TFDS folder becomes tasks NAME_OBJECTIVE when it is asked for by such a name.
 """
@@ -14,7 +14,7 @@ import functools
 import re
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
-from openmoe_jax import denoising, objectives, paths, vocabulary
+from openmoe_jax import denoising, fill_in_the_middle, objectives, paths, vocabulary
 from openmoe_jax.feature_converters import WindowFeature
 from openmoe_jax.tensorflow_setup import import_seqio
 
@@ -83,6 +83,7 @@ OBJECTIVES = {
     'ul2_noprefix': Objective(functools.partial(objectives.ul2, denoisers=_WITHOUT_PROMPTS)),
     'ul2_corrected': Objective(denoising.ul2_corrected, feature=WindowFeature),
     'span_corruption': Objective(denoising.span_corruption, feature=WindowFeature),
+    'fim': Objective(fill_in_the_middle.fill_in_the_middle, ('targets',)),
     'prefix_lm': Objective(objectives.prefix_lm),
     'full_lm': Objective(objectives.full_lm, ('targets',)),
 }

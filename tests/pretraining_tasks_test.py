@@ -57,7 +57,7 @@ def corpus_of(row):
 @pytest.mark.parametrize('name', ['mix_ul2', 'mix_ul2_stage2', 'mix_ul2_v2'])
 def test_rates_are_those_of_the_specification(name):
   for mixture in (name, name.replace('ul2', 'full_lm'), name.replace('ul2', 'prefix_lm'),
-                  *(name.replace('ul2', own) for own in ('ul2_noprefix', 'ul2_corrected', 'span_corruption'))):
+                  *(name.replace('ul2', own) for own in ('ul2_noprefix', 'ul2_corrected', 'span_corruption', 'fim'))):
     found = seqio.MixtureRegistry.get(mixture)
     objective = re.fullmatch(r'mix_(.*?)(_stage2|_v2)?', mixture)[1]
     rates = {task.name: found.get_rate(task) for task in found.tasks}

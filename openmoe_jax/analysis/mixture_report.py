@@ -240,10 +240,12 @@ def objective_of(inputs: Optional[np.ndarray], targets: np.ndarray, known: Seque
 
   Span corruption is named by the nearest of `known`, or by the density and mean span that the example has.
   """
-  if inputs is None:
-    return LANGUAGE_MODEL
   chosen = vocabulary.get()
   first_sentinel = chosen.vocab_size - chosen.extra_ids
+  if inputs is None:
+    # Texts have no sentinels; `fill_in_the_middle` begins with one, and with two if the suffix comes first.
+    sentinels = int((targets[:2] >= first_sentinel).sum()) if len(targets) and targets[0] >= first_sentinel else 0
+    return (LANGUAGE_MODEL, 'fill in the middle, PSM', 'fill in the middle, SPM')[sentinels]
   kept = int(((inputs > 1) & (inputs < first_sentinel)).sum())
   sentinels = int((inputs >= first_sentinel).sum())
   if not sentinels:
