@@ -1,5 +1,5 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
-# make test      the quick tests              make test-all   the slow ones, and those that need PyTorch
+# make test      the quick tests              make test-all   the slow ones, and those that need PyTorch or lm-eval
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
@@ -19,11 +19,12 @@ PYTHON ?= $(shell for python in $(NAMES); do \
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.openmoe_jax_installed
 TORCH_INSTALLED := $(VENV)/.openmoe_jax_torch_installed
+EVAL_INSTALLED := $(VENV)/.openmoe_jax_eval_installed
 DEMO_DIR := runs/demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch clean
+.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch install-eval clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -33,10 +34,10 @@ demo: $(INSTALLED)
 	@echo "  TensorBoard: $(VENV)/bin/tensorboard --logdir=$(DEMO_DIR)"
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch and not lm_eval"
 
-test-all: $(TORCH_INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch"
+test-all: $(TORCH_INSTALLED) $(EVAL_INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch or lm_eval"
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
@@ -55,6 +56,8 @@ install: $(INSTALLED)
 
 install-torch: $(TORCH_INSTALLED)
 
+install-eval: $(EVAL_INSTALLED)
+
 # --no-deps: t5 declares seqio-nightly and tfds-nightly, which overwrite the folders of seqio and tensorflow-datasets.
 # --no-compile: half of the files are never imported; Python compiles the others when they are.
 $(INSTALLED): requirements.lock setup.py pyproject.toml
@@ -72,6 +75,12 @@ $(TORCH_INSTALLED): $(INSTALLED) requirements-torch.lock
 	@echo "Installing PyTorch and transformers into $(VENV)"
 	@$(PIP) install --quiet --no-compile -r requirements-torch.lock 2>&1 | grep -v "^WARNING\|dependency conflicts\|^t5 " || true
 	@$(VENV)/bin/python -c "import torch, transformers"
+	@touch $@
+
+$(EVAL_INSTALLED): $(INSTALLED) requirements-eval.lock
+	@echo "Installing lm-eval into $(VENV)"
+	@$(PIP) install --quiet --no-deps --no-compile -r requirements-eval.lock
+	@$(VENV)/bin/python -c "import lm_eval.evaluator"
 	@touch $@
 
 clean:

@@ -85,7 +85,7 @@ setup(
         'tpu': ['jax[tpu]>=0.10,<0.13'],
         'gpu': ['jax[cuda12]>=0.10,<0.13'],
         'torch': ['torch>=2.6', 'transformers>=4.50,<6', 'tokenizers>=0.21', 'safetensors>=0.5', 'accelerate>=1'],
-        'eval': ['lm-eval>=0.4.9'],
+        'eval': ['lm-eval>=0.4.13,<0.5'],
         'test': ['hypothesis>=6.100', 'pytest>=8', 'pytest-xdist>=3.5'],
     },
     entry_points={
@@ -95,6 +95,7 @@ setup(
             'openmoe-convert = openmoe_jax.conversion:main',
             'openmoe-infer = openmoe_jax.infer:main',
             'openmoe-eval = openmoe_jax.eval:main',
+            'openmoe-lm-eval = openmoe_jax.lm_harness:main',
         ],
     },
     classifiers=[

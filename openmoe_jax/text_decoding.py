@@ -3,7 +3,7 @@
 `model` is anything with `config`, `params` and a seqio `vocabulary`.
 """
 
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from jax.sharding import Mesh
 import numpy as np
@@ -29,16 +29,16 @@ class Piece(NamedTuple):
   done: bool
 
 
-def encode(model: Any, texts: Sequence[str], name: str = 'texts') -> List[List[int]]:
-  """Ids of texts, without a start id or EOS.
+def encode(model: Any, texts: Sequence[Union[str, List[int]]], name: str = 'texts') -> List[List[int]]:
+  """Ids of texts, without a start id or EOS; lists of ids stay what they are.
 
   Raises:
-    ConfigError: something that is not a string, or has no tokens.
+    ConfigError: something that is not a string, or an id that the model does not have.
   """
   require(not isinstance(texts, (str, bytes)), f'{name} must be a list of strings; one string was given: [text]')
   for i, text in enumerate(texts):
-    require(isinstance(text, str), f'{name}[{i}] is a {type(text).__name__}, not a string')
-  rows = [[int(t) for t in model.vocabulary.encode(text)] for text in texts]
+    require(isinstance(text, (str, list)), f'{name}[{i}] is a {type(text).__name__}, not a string')
+  rows = [[int(t) for t in (model.vocabulary.encode(text) if isinstance(text, str) else text)] for text in texts]
   top = max((t for row in rows for t in row), default=0)
   require(top < model.config.vocab_size, f'the vocabulary gives the id {top}, but the model has vocab_size = '
           f'{model.config.vocab_size}: this is not the vocabulary it was trained with')
@@ -130,14 +130,14 @@ def _start(model, texts, max_new_tokens, stop, num_samples, batch_size, eos_id, 
                  options)
 
 
-def generate_texts(model: Any, texts: Sequence[str], max_new_tokens: int = 128, *, stop: Sequence[str] = (),
-                   num_samples: Optional[int] = None, batch_size: int = 16, eos_id: Any = 'vocabulary',
-                   row_ids: Optional[Sequence[int]] = None, **options) -> List:
+def generate_texts(model: Any, texts: Sequence[Union[str, List[int]]], max_new_tokens: int = 128, *,
+                   stop: Sequence[str] = (), num_samples: Optional[int] = None, batch_size: int = 16,
+                   eos_id: Any = 'vocabulary', row_ids: Optional[Sequence[int]] = None, **options) -> List:
   """Continues texts.
 
   Args:
     model: see the module.
-    texts: prompts.
+    texts: prompts, strings or lists of ids (`encode`).
     max_new_tokens: a continuation ends there, or earlier.
     stop: string or strings that end a continuation; it is cut in front of the first one.
     num_samples: continuations of each text; adds a list to the result, also if it is 1.

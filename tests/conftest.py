@@ -15,6 +15,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # transformers copies the code of a model's folder to here: a place for every process, that is not the user's.
 _MODULES = tempfile.TemporaryDirectory(prefix='openmoe_jax_modules_')
 os.environ['HF_MODULES_CACHE'] = _MODULES.name
+# datasets, which reads the tasks of lm-eval, keeps a copy of every file there.
+os.environ['HF_DATASETS_CACHE'] = os.path.join(_MODULES.name, 'datasets')
 
 # No deadline: the first example of a property compiles. A failing example is printed and stays the same.
 hypothesis.settings.register_profile('openmoe_jax', deadline=None, derandomize=True, print_blob=True)

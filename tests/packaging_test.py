@@ -1,5 +1,6 @@
 """The lock file, setup.py, the Makefile's refusals, and what a built wheel holds and can do."""
 
+from importlib import metadata
 import os
 import pathlib
 import re
@@ -19,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PIN = re.compile(r'(?P<name>[A-Za-z0-9._-]+)==(?P<version>[0-9]+(\.[0-9]+)*(\.post[0-9]+)?)')
 
 
-LOCKS = ('requirements.lock', 'requirements-torch.lock')
+LOCKS = ('requirements.lock', 'requirements-torch.lock', 'requirements-eval.lock')
 
 
 def lock_lines(file='requirements.lock'):
@@ -71,6 +72,33 @@ def test_torch_lock_only_adds(monkeypatch):
   for text in setup_arguments(monkeypatch)['extras_require']['torch']:
     requirement = Requirement(text)
     assert requirement.specifier.contains(more[canonicalize_name(requirement.name)]), text
+
+
+def test_eval_lock_adds_and_agrees(monkeypatch):
+  pins, torch, more = map(locked, LOCKS)
+  assert not set(pins) & set(more), 'a package is pinned in both files'
+  both = set(torch) & set(more)
+  assert {name: torch[name] for name in both} == {name: more[name] for name in both}
+  assert not set(more) & {'torch', 'transformers', 'accelerate'}
+  requirement, = map(Requirement, setup_arguments(monkeypatch)['extras_require']['eval'])
+  assert requirement.specifier.contains(more[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.lm_eval
+def test_eval_lock_is_all_that_lm_eval_asks_for():
+  pytest.importorskip('lm_eval', reason='lm-eval is NOT installed: requirements-eval.lock is not checked here')
+  pins, wanted, seen = {**locked(), **locked('requirements-eval.lock')}, [Requirement('lm-eval')], set()
+  while wanted:
+    requirement = wanted.pop()
+    name = canonicalize_name(requirement.name)
+    assert name in pins and requirement.specifier.contains(pins[name]), requirement
+    if (name, *sorted(requirement.extras)) in seen:
+      continue
+    seen.add((name, *sorted(requirement.extras)))
+    extras = requirement.extras or {''}
+    wanted += [needed for needed in map(Requirement, metadata.requires(name) or ())
+               if needed.marker is None or any(needed.marker.evaluate({'extra': extra}) for extra in extras)]
+  assert ('datasets',) in seen and not [name for name, *_ in seen if name in ('torch', 'transformers')]
 
 
 @pytest.mark.parametrize('folder', sorted(environment.OWNERS))

@@ -115,6 +115,11 @@ def test_neither_order_nor_batch_size_matters():
   assert greedy != want
 
 
+def test_prompts_may_be_ids():
+  ids = text_decoding.encode(model(), TEXTS)
+  assert generated([ids[0], TEXTS[1], *ids[2:]]) == generated()
+
+
 def test_samples_of_a_text():
   samples = generated(TEXTS[:2], temperature=1., num_samples=3)
   assert [len(row) for row in samples] == [3, 3] and len({text for row in samples for text in row}) == 6
