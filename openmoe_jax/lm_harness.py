@@ -70,8 +70,8 @@ def _main(argv: Optional[Sequence[str]]) -> None:
         model, **loaded._asdict(), num_fewshot=args.num_fewshot, batch_size=args.batch_size,
         limit=args.limit if args.limit is None or args.limit < 1 else int(args.limit), gen_kwargs=wanted or None,
         use_cache=_cache_name(args, model), log_samples=args.log_samples, torch_random_seed=None, **seeds)
-    table = tables(results)
   results['config'].update(checkpoint=args.checkpoint, int8=args.int8)
+  table = tables(results)
   print(table)
   if args.output:
     write(args.output, results, table)
@@ -79,7 +79,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
 
 @contextlib.contextmanager
 def _no_forks() -> Iterator[None]:
-  """lm-eval estimates errors and formats tables in pools of processes; forks of one that runs JAX may wait for ever."""
+  """lm-eval estimates some standard errors in a pool of processes; forks of one that runs JAX may wait for ever."""
   before = multiprocessing.get_start_method(allow_none=True)
   multiprocessing.set_start_method('forkserver', force=True)
   try:

@@ -50,6 +50,17 @@ metric_list:
   - {{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
   - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
 """
+LAST_WORD = """task: tiny_last_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder}/rolling.jsonl}}}}
+output_type: loglikelihood
+validation_split: validation
+doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
+doc_to_target: "{{{{' ' + text.split(' ')[-1]}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
 QUESTIONS = ('def main(', 'x =', 'import os\n\nprint(os.')
 OPTIONS = (['self):', 'args):', '1):'], [' x', ' y'], ['path)', 'name)'])
 TEXTS = ('def main(args): return args', 'class A: pass')  # shorter than the window
@@ -79,7 +90,7 @@ def local(tmp_path_factory):
   write(folder / 'answer.jsonl', [{'question': QUESTIONS[0], 'answer': said[0]},
                                   {'question': QUESTIONS[1], 'answer': said[1] + '?'}])
   write(folder / 'rolling.jsonl', [{'text': text} for text in TEXTS])
-  for name, text in (('choice', CHOICE), ('answer', ANSWER), ('rolling', ROLLING)):
+  for name, text in (('choice', CHOICE), ('answer', ANSWER), ('rolling', ROLLING), ('last_word', LAST_WORD)):
     (folder / f'{name}.yaml').write_text(text.format(folder=folder, stop=STOP))
   (folder / 'both.yaml').write_text('group: tiny_both\ntask: [tiny_choice, tiny_rolling]\n')
   return folder
@@ -106,8 +117,9 @@ def refused(capsys, *args):
   return lines[0]
 
 
-def test_three_kinds_of_tasks_in_local_files(checkpoint, local, tmp_path, capsys):
-  files = ','.join(str(local / f'{name}.yaml') for name in ('choice', 'answer', 'rolling'))
+@pytest.mark.filterwarnings('error:os.fork')  # lm-eval draws samples for the error of a perplexity
+def test_four_kinds_of_tasks_in_local_files(checkpoint, local, tmp_path, capsys):
+  files = ','.join(str(local / f'{name}.yaml') for name in ('choice', 'answer', 'rolling', 'last_word'))
   out = tmp_path / 'a' / 'out'
   table = run(capsys, checkpoint, '--tasks', files, '--output', out, '--log_samples', '--batch_size=2')
   results = json.loads((out / 'results.json').read_text())
@@ -121,15 +133,20 @@ def test_three_kinds_of_tasks_in_local_files(checkpoint, local, tmp_path, capsys
   assert rolling['word_perplexity,none'] == pytest.approx(math.exp(-total / len(' '.join(TEXTS).split())), rel=1e-5)
   assert rolling['bits_per_byte,none'] == pytest.approx(-total / sum(map(len, TEXTS)) / math.log(2), rel=1e-5)
 
+  word, cut = results['results']['tiny_last_word'], [text.rindex(' ') for text in TEXTS]
+  last = model().score([text[:at] for text, at in zip(TEXTS, cut)], [text[at:] for text, at in zip(TEXTS, cut)])
+  assert word['perplexity,none'] == pytest.approx(math.exp(-last.log_probs.mean()), rel=1e-5)
+  assert word['acc,none'] == last.greedy.mean() and word['perplexity_stderr,none'] > 0
+
   config = results['config']
   assert (config['checkpoint'], config['window'], config['model_step']) == (checkpoint, tiny_harness.WINDOW, 0)
   assert config['truncated_contexts'] == {}
-  assert (out / 'results.md').read_text() == table.rstrip('\n') + '\n' and '|tiny_choice' in table
+  assert (out / 'results.md').read_text().rstrip() in table and '|tiny_choice' in table and 'n-shot' in table
   samples = [json.loads(line) for line in (out / 'samples_tiny_choice.jsonl').read_text().splitlines()]
   got = [float(response[0][0]) for sample in samples for response in sample['resps']]
   np.testing.assert_allclose(got, np.concatenate(log_probs), rtol=0, atol=1e-5)
   assert sorted(path.name for path in out.iterdir()) == ['results.json', 'results.md'] + [
-      f'samples_tiny_{name}.jsonl' for name in ('answer', 'choice', 'rolling')]
+      f'samples_tiny_{name}.jsonl' for name in ('answer', 'choice', 'last_word', 'rolling')]
 
 
 def test_a_folder_of_tasks_and_settings(checkpoint, local, tmp_path, capsys):
