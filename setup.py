@@ -29,6 +29,7 @@ REQUIREMENTS = [
     'optax>=0.2.6,<0.3',
     'orbax-checkpoint>=0.12,<0.13',
     'packaging>=23',
+    'pyarrow>=16',
     'rich>=13',
     'rouge-score>=0.1.2',
     'sacrebleu>=2.4',
@@ -86,6 +87,8 @@ setup(
         'gpu': ['jax[cuda12]>=0.10,<0.13'],
         'torch': ['torch>=2.6', 'transformers>=4.50,<6', 'tokenizers>=0.21', 'safetensors>=0.5', 'accelerate>=1'],
         'eval': ['lm-eval>=0.4.13,<0.5'],
+        'eval': ['lm-eval>=0.4.9'],
+        'beam': ['apache-beam>=2.60'],
         'test': ['hypothesis>=6.100', 'pytest>=8', 'pytest-xdist>=3.5'],
     },
     entry_points={

@@ -25,7 +25,7 @@ LAYERS = (
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
      'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
-     'mt_bench'),
+     'mt_bench', 'preparation'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
      'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks'),
 )

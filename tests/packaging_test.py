@@ -119,7 +119,7 @@ def test_ranges(monkeypatch):
 
 def test_extras_and_urls(monkeypatch):
   arguments = setup_arguments(monkeypatch)
-  assert set(arguments['extras_require']) == {'tpu', 'gpu', 'torch', 'eval', 'test'}
+  assert set(arguments['extras_require']) == {'tpu', 'gpu', 'torch', 'eval', 'beam', 'test'}
   everything = arguments['install_requires'] + sum(arguments['extras_require'].values(), [])
   assert all(Requirement(text).url is None for text in everything)
   for name in ('tpu', 'gpu'):
