@@ -1,12 +1,17 @@
 """Files and folders by path, on local disks and on gs:// alike; every path of the library goes through here."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
-from typing import List, Optional, Union
+from typing import Iterator, List, Optional, Union
 
 from etils import epath
+
+from openmoe_jax.config import ConfigError
 
 PathLike = Union[str, os.PathLike]
 _FULL = ('no space left on device', 'disk quota exceeded', 'file too large', 'enospc', 'edquot', 'efbig')
@@ -64,6 +69,37 @@ def require_writable(directory: PathLike) -> None:
     raise NotADirectoryError(f'{folder} is not a folder')
   with tempfile.TemporaryFile(dir=folder):
     pass
+
+
+@contextlib.contextmanager
+def locked(file: PathLike, busy: str) -> Iterator[None]:
+  """Holds a lock of the operating system on a file, which is made; it is gone with the process, however that ends.
+
+  Places that cannot be locked (gs://, some network disks) are not guarded.
+
+  Args:
+    file: the file.
+    busy: what is said, with the other process's number and host, when another process holds it.
+
+  Raises:
+    ConfigError: another process holds it.
+  """
+  if not is_local(file):
+    yield
+    return
+  with open(file, 'a+', encoding='utf-8') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      lock.seek(0)
+      raise ConfigError(f'{busy} by another process ({lock.read().strip()}); stop that one, or choose another folder'
+                        ) from error
+    except OSError:
+      pass  # not a disk that can lock
+    lock.truncate(0)
+    lock.write(f'pid {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+    yield
 
 
 def free_bytes(directory: PathLike) -> Optional[int]:

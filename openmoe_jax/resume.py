@@ -4,10 +4,7 @@ Priority: a checkpoint in model_dir always wins; then `initial_checkpoint_path`;
 """
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import jax
@@ -159,18 +156,7 @@ def hold_model_dir(run: RunConfig) -> Iterator[None]:
     yield
     return
   file.parent.mkdir(parents=True, exist_ok=True)
-  with open(file, 'a+', encoding='utf-8') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      lock.seek(0)
-      raise ConfigError(f'model_dir = {run.model_dir!r} is in use by another process ({lock.read().strip()}); stop that '
-                        'one, or give another model_dir') from error
-    except OSError:
-      pass  # not a disk that can lock
-    lock.truncate(0)
-    lock.write(f'pid {os.getpid()} on {socket.gethostname()}\n')
-    lock.flush()
+  with paths.locked(file, f'model_dir = {run.model_dir!r} is in use'):
     yield
 
 

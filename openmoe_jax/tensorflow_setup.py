@@ -57,3 +57,12 @@ def import_seqio() -> Any:
   with _stderr_held_back():
     import seqio
   return seqio
+
+
+@functools.lru_cache(maxsize=None)
+def import_tfds() -> Any:
+  """The `tensorflow_datasets` module. It imports TensorFlow only where it reads records."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  with _stderr_held_back():
+    import tensorflow_datasets
+  return tensorflow_datasets

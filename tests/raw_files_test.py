@@ -99,7 +99,7 @@ def test_malformed_lines_do_not_hide_the_others(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('cut.jsonl.zst', compress(lines_of(['a' * 50, 'b'] * 500), 'zstd')[:-7], 'it is truncated; copy or download it again'),
+    ('cut.jsonl.zst', compress(lines_of(['a'] * 500), 'zstd')[:-7], 'it is truncated; copy or download it again'),
     ('cut.jsonl.gz', gzip.compress(lines_of(['a'] * 500))[:-7], 'it is truncated; copy or download it again'),
     ('not.jsonl.zst', lines_of(['a']), 'cannot be read as JSON lines .zstd.: ZSTD decompress failed'),
     ('cut.parquet', b'PAR1 and then nothing', 'cannot be read as parquet: '),
@@ -213,7 +213,8 @@ def test_the_checksum_of_the_standard():
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.text(min_size=1, max_size=5), st.one_of(st.binary(max_size=300), st.lists(st.binary(max_size=9)))))
+@given(st.dictionaries(st.text(min_size=1, max_size=5),
+                       st.one_of(st.binary(max_size=300), st.lists(st.binary(max_size=9)))))
 def test_tensorflow_reads_examples(features):
   tf = import_tensorflow()
   encoded = tfrecord.encode_example(features)

@@ -11,6 +11,7 @@ Files are local or gs://. What is wrong with one record is a `Malformed` in its 
 
 import contextlib
 import csv
+import functools
 import io
 import json
 from typing import Any, BinaryIO, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -325,6 +326,7 @@ def place(segment: Segment, number: int) -> str:
   return segment.file
 
 
+@functools.lru_cache(maxsize=8)
 def _lines_before(segment: Segment) -> int:
   """Lines that begin in front of the segment."""
   count, left = (1, segment.start - 1) if segment.start else (0, 0)

@@ -1,8 +1,8 @@
 """tf.train.Example messages and TFRecord files, written without TensorFlow.
 
-TFDS reads both. TensorFlow would cost every process that writes them 840 MB and some seconds. The format is small: a record is
-its length (8 bytes), a checksum of that, the bytes, a checksum of them; the checksum is CRC-32C, rotated and shifted.
-CRC-32C is linear in its bits, so that numpy computes it for many records at once: a table lookup a byte.
+TFDS reads both. TensorFlow would cost every process that writes them 840 MB and some seconds. The format is small: a
+record is its length (8 bytes), a checksum of that, the bytes, a checksum of them; the checksum is CRC-32C, rotated and
+shifted. CRC-32C is linear in its bits, so that numpy computes it for many records at once: a table lookup a byte.
 """
 
 import functools
@@ -22,7 +22,7 @@ Value = Union[bytes, Sequence[bytes]]
 
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
-  """A serialized tf.train.Example: bytes for a scalar feature, a sequence of bytes for a list; in the order of names."""
+  """A serialized tf.train.Example: bytes for a scalar feature, a sequence of them for a list; in the order of names."""
   entries = []
   for name, value in sorted(features.items()):
     values = [value] if isinstance(value, bytes) else value
@@ -88,7 +88,7 @@ class Writer:
 
 @functools.lru_cache(maxsize=None)
 def _tables() -> Tuple[np.ndarray, np.ndarray]:
-  """([_CHUNK, 256]: what a byte at a place of a chunk adds, [64, 4, 256]: what 2^i bytes of zeros make of a checksum)."""
+  """[_CHUNK, 256]: what a byte at a place of a chunk adds; [64, 4, 256]: what 2^i bytes of zeros make of a checksum."""
   step = np.arange(256, dtype=np.uint32)
   for _ in range(8):
     step = np.where(step & 1, (step >> 1) ^ np.uint32(_POLYNOMIAL), step >> 1)
