@@ -87,7 +87,6 @@ setup(
         'gpu': ['jax[cuda12]>=0.10,<0.13'],
         'torch': ['torch>=2.6', 'transformers>=4.50,<6', 'tokenizers>=0.21', 'safetensors>=0.5', 'accelerate>=1'],
         'eval': ['lm-eval>=0.4.13,<0.5'],
-        'eval': ['lm-eval>=0.4.9'],
         'beam': ['apache-beam>=2.60'],
         'test': ['hypothesis>=6.100', 'pytest>=8', 'pytest-xdist>=3.5'],
     },
