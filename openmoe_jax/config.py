@@ -219,6 +219,8 @@ class DataConfig:
     vocabulary: path of a sentencepiece model (local or gs://); '' is the small one in the package.
     extra_ids: sentinels above the sentencepiece pieces.
     pack: several examples in a row.
+    open_rows: unfinished rows of a stream among which packing looks for the one where an example fits best; 1 packs in
+      order, as the original did.
     loss_on_targets_only: prefix-LM examples are scored on their targets only.
     seed: of shuffling and of the objectives.
     shuffle: shuffle the training split.
@@ -238,6 +240,7 @@ class DataConfig:
   vocabulary: str = ''
   extra_ids: int = 300
   pack: bool = True
+  open_rows: int = 1
   loss_on_targets_only: bool = True
   seed: int = 0
   shuffle: bool = True
@@ -255,7 +258,7 @@ class DataConfig:
     object.__setattr__(self, 'task_feature_lengths', dict(self.task_feature_lengths))
     object.__setattr__(self, 'module_imports', tuple(self.module_imports))
     object.__setattr__(self, 'mixture_schedule', tuple(self.mixture_schedule))
-    _integers(self, 1, 'batch_size', 'num_streams')
+    _integers(self, 1, 'batch_size', 'num_streams', 'open_rows')
     _integers(self, 0, 'seed', 'extra_ids', 'eval_batch_size', 'eval_batches')
     for feature, length in self.task_feature_lengths.items():
       require(feature in ('inputs', 'targets') and isinstance(length, int) and length > 0,

@@ -298,8 +298,8 @@ class TrainStreams:
     data = self._data
     return dict(mixture_or_task=list(data.mixture_schedule) or data.mixture_or_task,
                 task_feature_lengths=dict(data.task_feature_lengths), split=data.train_split, pack=data.pack,
-                seed=data.seed, shuffle=data.shuffle, num_streams=data.num_streams, batch_size=data.batch_size,
-                use_cached=data.use_cached, rates=self._rates, vocabulary=vocabulary.fingerprint(), **self._documents)
+                open_rows=data.open_rows, seed=data.seed, shuffle=data.shuffle, num_streams=data.num_streams,
+                batch_size=data.batch_size, use_cached=data.use_cached, rates=self._rates, vocabulary=vocabulary.fingerprint(), **self._documents)
 
   def state(self) -> Dict[int, bytes]:
     """Each stream's position: exactly after the batches handed out, whatever is prefetched already."""

@@ -23,7 +23,7 @@ LAYERS = (
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling',
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
-     'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle'),
+     'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
      'mt_bench', 'preparation'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',

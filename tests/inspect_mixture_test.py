@@ -1,5 +1,6 @@
 """The report on a mixture: shares, objectives, fill, cut tokens, examples, and the program around it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,6 +59,9 @@ def test_shares_fill_and_cut_tokens_are_counted():
   assert list(report.objectives) == [mixture_report.LANGUAGE_MODEL]
   # In order, a short example begins a row, which another one may fill.
   assert .75 < report.fill < 1 and report.scored == report.fill and 1 < report.segments < 2
+  # Out of order, every short one finds another.
+  best = mixture_report.measure(dataclasses.replace(data, open_rows=4), 4000)
+  assert best.fill > .99 and best.tokens == report.tokens
   whole = mixture_report.measure(DataConfig(mixture_or_task='report_long', task_feature_lengths={'targets': 10}), 50)
   assert (whole.fill, whole.segments, whole.rows) == (1., 1., 49)
 

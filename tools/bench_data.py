@@ -52,11 +52,12 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   parser.add_argument('--batches', type=int, default=40, help='in a turn (%(default)s)')
   parser.add_argument('--turns', type=int, default=5, help='(%(default)s)')
   parser.add_argument('--streams', type=int, default=1, help='logical streams, a thread each (%(default)s)')
+  parser.add_argument('--open_rows', type=int, default=1, help='of packing, DataConfig.open_rows (%(default)s)')
   parser.add_argument('--tokens_per_second_per_chip', type=float, default=10000., metavar='N', help='of training; the '
                       'default is about what 40 %% of a TPU v5p gives to the 8B model (19.4 GFLOP a token)')
   parser.add_argument('--json', metavar='FILE', help='also write the figures there')
   args = parser.parse_args(argv)
-  for name in ('row_length', 'batch_size', 'batches', 'turns', 'streams', 'tokens_per_second_per_chip'):
+  for name in ('row_length', 'batch_size', 'batches', 'turns', 'streams', 'open_rows', 'tokens_per_second_per_chip'):
     require(getattr(args, name) > 0, f'--{name}={getattr(args, name)} must be positive')
   require(args.row_length % 2 == 0, f'--row_length={args.row_length} must be even: half are inputs, half targets')
   figures = run(args)
@@ -69,7 +70,8 @@ def _main(argv: Optional[Sequence[str]]) -> None:
 def settings(args: Any, objective: str) -> DataConfig:
   """What is read for one objective."""
   data = DataConfig(mixture_or_task=f'{args.data_set}_{objective}', tfds_data_dir=args.tfds_data_dir,
-                    vocabulary=args.vocabulary, batch_size=args.batch_size, num_streams=args.streams)
+                    vocabulary=args.vocabulary, batch_size=args.batch_size, num_streams=args.streams,
+                    open_rows=args.open_rows)
   mixtures.load_tasks(data, data.mixture_or_task)
   features = mixtures.find_mixture(data.mixture_or_task, '--data_set and --objectives:').output_features
   half = args.row_length // 2
@@ -164,7 +166,7 @@ def settle(patience: float = 5.) -> None:
 
 def lines(args: Any, found: Dict[str, Dict[str, float]]) -> List[str]:
   """The figures as Markdown, and what follows from them."""
-  text = [f'{args.data_set}, rows of {args.row_length:,}, {args.batch_size} a batch, {args.streams} stream(s), '
+  text = [f'{args.data_set}, rows of {args.row_length:,}, {args.batch_size} a batch, {args.streams} stream(s), {args.open_rows} open row(s), '
           f'{os.cpu_count()} cores, medians of {args.turns} turns', '',
           '| | tokens/s | tokens per CPU-s | useful tokens per CPU-s | fill | useful of all places | set-up, CPU-s |',
           '|---|---|---|---|---|---|---|']

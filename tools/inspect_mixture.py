@@ -34,6 +34,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   parser.add_argument('--vocabulary', help="sentencepiece model, tokenizer.json or folder; '' is the package's")
   parser.add_argument('--extra_ids', type=int, help='sentinels of the vocabulary (300)')
   parser.add_argument('--lengths', help='of the features, such as inputs:1024,targets:1024 (also the default)')
+  parser.add_argument('--open_rows', type=int, help='of packing, DataConfig.open_rows (1: in order)')
   parser.add_argument('--examples', type=int, default=2000, help='how many to read (%(default)s)')
   parser.add_argument('--pages', type=int, default=12, help='how many to show (%(default)s)')
   parser.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
@@ -65,6 +66,7 @@ def settings(args: argparse.Namespace) -> DataConfig:
       num_streams=1, tfds_data_dir=args.tfds_data_dir or '')
   require(bool(args.gin_file) or not args.gin_bindings, '--gin.NAME goes with a --gin_file')
   given = {'mixture_or_task': args.mixture, 'vocabulary': args.vocabulary, 'extra_ids': args.extra_ids,
+           'open_rows': args.open_rows,
            'module_imports': args.module_imports and args.module_imports.split(',')}
   data = dataclasses.replace(data, **{name: value for name, value in given.items() if value is not None})
   require(bool(data.mixture_or_task), 'name a task or mixture, or a --gin_file that does')
@@ -98,7 +100,7 @@ def lines(data: DataConfig, report: mixture_report.Report) -> List[str]:
   lengths = ' + '.join(f'{name} {length:,}' for name, length in data.task_feature_lengths.items())
   total = report.tokens + report.tokens_cut
   text = [f'{data.mixture_or_task}: {report.examples:,} examples, {report.tokens:,} tokens, {lengths}, '
-          f'{"packed" if data.pack else "not packed"}', '']
+          f'{_packing(data)}', '']
   text += _table('source', report.sources) + [''] + _table('objective', report.objectives) + ['']
   text += [f'rows           {report.rows:,} of {data.row_length:,} tokens, {report.segments:.2f} examples each',
            f'fill           {report.fill:.2%}; padding {1 - report.fill:.2%}',
@@ -112,6 +114,12 @@ def lines(data: DataConfig, report: mixture_report.Report) -> List[str]:
       text.append(f'inputs:  {_shorten(page.inputs)}')
     text.append(f'targets: {_shorten(page.targets)}')
   return text
+
+
+def _packing(data: DataConfig) -> str:
+  if not data.pack:
+    return 'not packed'
+  return 'packed' + (f' (best of {data.open_rows} open rows)' if data.open_rows > 1 else '')
 
 
 def _table(title: str, shares: Mapping[str, mixture_report.Share]) -> List[str]:

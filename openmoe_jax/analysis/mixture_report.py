@@ -192,18 +192,17 @@ def _rows(data: DataConfig, mixture: Any, examples: Any) -> Tuple[int, float, fl
   lengths = data.task_feature_lengths
   marked = examples.map(lambda example: {name: example[name] for name in lengths})
   converter = converter_for(mixture, data, lengths)
-  rows = filled = scored = segments = 0
-  last: Optional[np.ndarray] = None
+  found: List[np.ndarray] = []  # of each row: places filled, places scored, segments
   for row in converter(marked, lengths).as_numpy_iterator():
-    if last is not None:  # The last row is only the beginning of one.
-      rows, filled, scored, segments = rows + 1, filled + last[0], scored + last[1], segments + last[2]
     targets = row['decoder_target_tokens']
     weights = (targets > 0) & (row['decoder_loss_weights'] > 0)
-    last = np.array([(targets != 0).sum(), weights.sum(), row.get('decoder_segment_ids', np.ones(1)).max()])
-  if not rows:
-    rows, (filled, scored, segments) = 1, last
-  places = rows * data.row_length
-  return rows, float(filled / places), float(scored / places), float(segments / rows)
+    found.append(np.array([(targets != 0).sum(), weights.sum(), row.get('decoder_segment_ids', np.ones(1)).max()]))
+  # The last rows are only the beginnings of rows.
+  unfinished = data.open_rows if data.pack else 1
+  found = found[:-unfinished] or found
+  filled, scored, segments = np.sum(found, axis=0)
+  places = len(found) * data.row_length
+  return len(found), float(filled / places), float(scored / places), float(segments / len(found))
 
 
 # Objectives.
