@@ -275,6 +275,22 @@ def test_reports_show_shares_and_that_nothing_is_cut():
   assert all(abs(share.examples - share.configured) < .1 for share in report.objectives.values())
 
 
+def test_validation_goes_through_all_texts_the_same_way_every_time():
+  data = settings(batch_size=16, eval_batches=0, pack=False)
+  once, again = ([batch['decoder_target_tokens'] for batch in data_lib.eval_batches(data, data.mixture_or_task)]
+                 for _ in range(2))
+  np.testing.assert_array_equal(once, again)
+  documents = standard_library.documents('prose', 'validation')
+  first_sentinel = vocabulary.get().vocab_size - vocabulary.get().extra_ids
+  rows = [row[row != 0] for row in np.concatenate(once) if row.any()]
+  prompt = {text: len(vocabulary.get().encode(text)) for text in ('[NLU] ', '[S2S] ')}
+  text = 0
+  for row in rows:
+    corrupted = (row >= first_sentinel).any()
+    text += (row < first_sentinel).sum() - (prompt['[NLU] '] + 2 if corrupted else prompt['[S2S] '])
+  assert text == sum(len(vocabulary.get().encode(document.text)) + 1 for document in documents)
+
+
 def test_an_example_may_be_longer_than_its_feature():
   dataset = tf.data.Dataset.from_tensors({'inputs': tf.range(3, 12), 'targets': tf.range(20, 23)})
   lengths = {'inputs': 6, 'targets': 6}
