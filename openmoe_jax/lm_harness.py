@@ -63,7 +63,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   wanted = _gen_kwargs(args.gen_kwargs)
   model = HarnessModel(checkpoint_flags.load_model(args), args.batch_size, args.window, args.capacity_mode,
                        args.seed or 0)
-  _check_generation(loaded.tasks, wanted, model)
+  _check_tasks(loaded.tasks, wanted, model)
   seeds = {f'{name}_seed': args.seed for name in ('random', 'numpy_random', 'fewshot_random') if args.seed is not None}
   with _no_forks():
     results = lm_eval.simple_evaluate(
@@ -112,15 +112,19 @@ def _gen_kwargs(text: Optional[str]) -> Dict[str, Any]:
   return simple_parse_args_string(text)
 
 
-def _check_generation(tasks: Sequence[Any], wanted: Mapping[str, Any], model: Any) -> None:
-  """Raises `ConfigError` for generation settings of a task that this model cannot honour, before anything runs."""
+def _check_tasks(tasks: Sequence[Any], wanted: Mapping[str, Any], model: Any) -> None:
+  """Raises `ConfigError` for what a task asks for and this model cannot give, before anything runs."""
   for item in tasks:
     for task in item.get_all_tasks() if hasattr(item, 'get_all_tasks') else [item]:
+      name = task.config.task
+      require(not getattr(task, 'UNSAFE_CODE', False), f'task {name} runs programs that the model writes, which this '
+              'program never does')
+      require(not getattr(task, 'MULTIMODAL', False), f'task {name} shows more than text to the model')
       if task.get_config('output_type') == 'generate_until':
         try:
           model.settings({**(task.config.generation_kwargs or {}), **wanted})
         except ConfigError as error:
-          raise ConfigError(f'task {task.config.task}: {error}') from error
+          raise ConfigError(f'task {name}: {error}') from error
 
 
 def _cache_name(args: argparse.Namespace, model: Any) -> Optional[str]:

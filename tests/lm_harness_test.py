@@ -257,6 +257,12 @@ def test_generation_that_does_not_fit_is_refused_before_anything_runs(checkpoint
   assert "--gen_kwargs='top_k' must be NAME=VALUE" in said('--gen_kwargs=top_k')
 
 
+def test_tasks_that_run_code_are_refused(checkpoint, local, tmp_path, capsys):
+  (tmp_path / 'code.yaml').write_text((local / 'answer.yaml').read_text() + 'unsafe_code: true\n')
+  assert 'task tiny_answer runs programs that the model writes, which this program never does' in refused(
+      capsys, checkpoint, '--tasks', tmp_path / 'code.yaml')
+
+
 def test_pytorch_is_not_imported():
   """Not by us and, as long as nothing is evaluated, not by lm-eval either, even where it is installed."""
   code = ('import sys, openmoe_jax.lm_harness, openmoe_jax.lm_harness_model\n'
