@@ -4,6 +4,8 @@
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
 # make conversion-study   memory and speed of conversions at the base model's size
+# make data-demo   from raw files to a trained model: the base recipe's mixture at the demo's size (make it longer with
+#                  FLAGS=--steps=1000)      make data-study   memory and speed of preparing a file of 2 GB
 #
 # The first of these also creates the virtual environment .venv from requirements.lock; nothing outside this folder is
 # changed.  Another Python: make demo PYTHON=python3.12     Another environment: make test VENV=/path/to/venv
@@ -21,10 +23,11 @@ INSTALLED := $(VENV)/.openmoe_jax_installed
 TORCH_INSTALLED := $(VENV)/.openmoe_jax_torch_installed
 EVAL_INSTALLED := $(VENV)/.openmoe_jax_eval_installed
 DEMO_DIR := runs/demo
+DATA_DEMO_DIR := runs/data_demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch install-eval clean
+.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch install-eval data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -51,6 +54,13 @@ bench-data: $(INSTALLED)
 # 13 GB of disk, five minutes.
 conversion-study: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.conversion_study --gin_file=models/openmoe_base.gin
+
+data-demo: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.data_demo --work_dir=$(DATA_DEMO_DIR) $(FLAGS)
+
+# 5 GB of disk, 5 GB of memory (to write the raw files), five minutes.
+data-study: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.preparation_study $(FLAGS)
 
 install: $(INSTALLED)
 

@@ -16,7 +16,7 @@ from openmoe_jax.config import ConfigError, DataConfig, require
 from openmoe_jax.tensorflow_setup import import_seqio
 
 _SETTING = 'DataConfig.mixture_or_task'
-_PREPARE = 'docs/data.md says what they hold'
+_PREPARE = 'prepare them (python -m openmoe_jax.tools.prepare_data, docs/data.md)'
 
 
 def load_tasks(data: DataConfig, name: str) -> None:
@@ -124,7 +124,7 @@ def _require_prepared(name: str, tasks: Sequence[Any], folder: str) -> None:
   where = f'DataConfig.tfds_data_dir = {folder!r}' if folder else (
       "TFDS's own folder (DataConfig.tfds_data_dir is not set)")
   listed = ', '.join(dataset + (f' ({problem})' if problem else '') for dataset, problem in sorted(missing.items()))
-  require(not missing, f'the data of {name} cannot be read: {where} lacks {listed}; prepare them ({_PREPARE}) '
+  require(not missing, f'the data of {name} cannot be read: {where} lacks {listed}; {_PREPARE} '
           'or point DataConfig.tfds_data_dir (--tfds_data_dir) to the folder that holds them')
 
 
