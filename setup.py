@@ -98,6 +98,7 @@ setup(
             'openmoe-infer = openmoe_jax.infer:main',
             'openmoe-eval = openmoe_jax.eval:main',
             'openmoe-lm-eval = openmoe_jax.lm_harness:main',
+            'openmoe-analyze = openmoe_jax.analyze:main',
         ],
     },
     classifiers=[

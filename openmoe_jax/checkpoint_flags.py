@@ -8,15 +8,16 @@ from openmoe_jax.config import ConfigError, MeshConfig, require
 DTYPES = ('float32', 'bfloat16')
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """CHECKPOINT and the flags about how it runs."""
+def add_flags(parser: argparse.ArgumentParser, capacity_mode: bool = True) -> None:
+  """CHECKPOINT and the flags about how it runs; `capacity_mode` may be left out where a program decides it."""
   parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a model_dir, its checkpoints folder, one step in it, or a '
                       'Hugging Face folder; local or gs://')
   group = parser.add_argument_group('the model')
   group.add_argument('--dtype', choices=DTYPES, help='of the activations; default: as in training')
   group.add_argument('--int8', action='store_true', help='keep kernels as int8 with a scale for each output')
-  group.add_argument('--capacity_mode', choices=('none', 't5x'), default='none', help='none (default): no token is ever '
-                     "dropped; t5x: routing groups and capacities of the original's evaluation")
+  if capacity_mode:
+    group.add_argument('--capacity_mode', choices=('none', 't5x'), default='none', help='none (default): no token is ever '
+                       "dropped; t5x: routing groups and capacities of the original's evaluation")
   group.add_argument('--vocabulary', metavar='FILE', help="sentencepiece model; default: that of the checkpoint's run")
   group.add_argument('--extra_ids', type=int, help="sentinels above its pieces; default: those of the checkpoint's run")
   group.add_argument('--mesh', metavar='DATA,EXPERT,MODEL', help='how to split the model over all devices, for example '

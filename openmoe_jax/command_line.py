@@ -46,8 +46,10 @@ class Parser(argparse.ArgumentParser):
   def parse_args(self, args=None, namespace=None):
     """As argparse; the gin settings become `namespace.gin_bindings`, a list of 'NAME=VALUE'."""
     rest, bindings = _split_gin_flags(list(sys.argv[1:] if args is None else args))
-    # Intermixed: a flag may stand between a program's arguments, also in front of one that may be left out.
-    namespace, unknown = super().parse_known_intermixed_args(rest, namespace)
+    # Intermixed: a flag may stand between a program's arguments, also in front of one that may be left out. argparse
+    # cannot do that for a program with commands.
+    parse = super().parse_known_args if self._subparsers else super().parse_known_intermixed_args
+    namespace, unknown = parse(rest, namespace)
     if unknown:
       flags = [option for action in self._actions for option in action.option_strings]
       self.error(f'unknown argument {unknown[0]}{gin_utils.suggest(unknown[0].split("=")[0], flags)}')

@@ -109,15 +109,15 @@ def evaluate(request: Request, say: Optional[Callable[[str], None]] = None) -> L
   primary = jax.process_index() == 0
   say = say or (print if primary else lambda text: None)
   settings = request.settings
-  checkpoints = _checkpoints(settings.checkpoint, request.all_checkpoints)
+  checkpoints = loading.checkpoints_of(settings.checkpoint, request.all_checkpoints)
   mesh = None
   if request.mesh or jax.process_count() > 1:
     mesh = partitioning.make_mesh(MeshConfig(**{'data': -1, **request.mesh}))
   run = loading.read_run(checkpoints[0])
   data = dataclasses.replace(config_lib.from_dict(DataConfig, run['data']), **request.data)
   suite = Suite(settings, data, allow_code_execution=request.allow_code_execution, say=say)
-  folder = settings.output_dir or str(_home(settings.checkpoint) / _OUTPUT)
-  store = results_lib.Results(folder, {'checkpoint': str(_home(settings.checkpoint)), 'model': run['model']})
+  folder = settings.output_dir or str(loading.home(settings.checkpoint) / _OUTPUT)
+  store = results_lib.Results(folder, {'checkpoint': str(loading.home(settings.checkpoint)), 'model': run['model']})
   for checkpoint in checkpoints:
     model = None
     step, tokens = loading.read_position(checkpoint)
@@ -138,26 +138,6 @@ def evaluate(request: Request, say: Optional[Callable[[str], None]] = None) -> L
     for file in _files(store, run):
       say(f'wrote {file}')
   return store.all()
-
-
-def _home(checkpoint: str) -> Any:
-  """The folder that a checkpoint belongs to: model_dir of one of ours, else itself."""
-  path = paths.path(checkpoint)
-  if path.name.isdigit() and path.parent.name == 'checkpoints':
-    return path.parent.parent
-  return path.parent if path.name == 'checkpoints' else path
-
-
-def _checkpoints(checkpoint: str, every: bool) -> List[Any]:
-  """Folders to evaluate, in order of their steps."""
-  from openmoe_jax import checkpoints as checkpoints_lib, loading
-  if loading.is_hugging_face(checkpoint):
-    require(not every, f'--all_checkpoints: {checkpoint} is a Hugging Face folder, which holds one checkpoint')
-    return [paths.path(checkpoint)]
-  newest = checkpoints_lib.resolve(checkpoint)
-  if not every:
-    return [newest]
-  return [newest.parent / str(step) for step in checkpoints_lib.finished_steps(newest.parent)]
 
 
 def _load(checkpoint: Any, mesh: Any, request: Request, data: DataConfig) -> Any:

@@ -12,7 +12,7 @@ from openmoe_jax import names
 from openmoe_jax import partitioning
 from openmoe_jax import paths
 from openmoe_jax import text_decoding
-from openmoe_jax.config import ConfigError, ModelConfig
+from openmoe_jax.config import ConfigError, ModelConfig, require
 from openmoe_jax.convert import hf_tokenizer
 from openmoe_jax.convert.huggingface import HuggingFaceSource
 from openmoe_jax.convert.tensors import PARAMS
@@ -52,6 +52,11 @@ class Model:
   def score(self, inputs: Sequence[str], targets: Sequence[str], **options) -> text_decoding.TextScores:
     """Log-likelihood of each target given its input; see `text_decoding.score_texts` for the options."""
     return text_decoding.score_texts(self, inputs, targets, **{'mesh': self.mesh, **options})
+
+  def record_routing(self, text: str, policy: str = 'none') -> Any:
+    """Where each token of a text goes in each sparse layer, as a data frame; see `recording.tables.record_text`."""
+    from openmoe_jax.recording import tables
+    return tables.record_text(self, text, policy)
 
 
 def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **changes) -> Model:
@@ -106,6 +111,29 @@ def read_position(path: paths.PathLike) -> Tuple[int, Optional[int]]:
   data = read_run(path)['data']
   tokens = step * data['batch_size'] * sum(data['task_feature_lengths'].values())
   return step, tokens or None
+
+
+def checkpoints_of(path: paths.PathLike, every: bool) -> List[Any]:
+  """Folders that `load` reads, in order of their steps: the newest checkpoint's, or all of a model_dir's.
+
+  Raises:
+    ConfigError: there is none, or `every` for a Hugging Face folder.
+  """
+  if is_hugging_face(path):
+    require(not every, f'--all_checkpoints: {path} is a Hugging Face folder, which holds one checkpoint')
+    return [paths.path(path)]
+  newest = checkpoints.resolve(path)
+  if not every:
+    return [newest]
+  return [newest.parent / str(step) for step in checkpoints.finished_steps(newest.parent)]
+
+
+def home(path: paths.PathLike) -> Any:
+  """The folder that a checkpoint belongs to: model_dir of one of ours, else itself."""
+  path = paths.path(path)
+  if path.name.isdigit() and path.parent.name == checkpoints.CHECKPOINTS:
+    return path.parent.parent
+  return path.parent if path.name == checkpoints.CHECKPOINTS else path
 
 
 def _template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:

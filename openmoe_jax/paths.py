@@ -39,14 +39,19 @@ def entries(directory: PathLike) -> List[str]:
 
 def write_text(file: PathLike, text: str) -> None:
   """Writes a whole file so that a reader sees the old text or the new, whenever this process dies."""
+  write_bytes(file, text.encode())
+
+
+def write_bytes(file: PathLike, content: bytes) -> None:
+  """As `write_text`, of bytes."""
   file = path(file)
   file.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(file):  # an object store replaces an object at once
-    file.write_text(text)
+    file.write_bytes(content)
     return
   temporary = file.parent / f'.{file.name}.{os.getpid()}.tmp'
   try:
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(file)
   finally:
     temporary.unlink(missing_ok=True)

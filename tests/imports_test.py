@@ -23,11 +23,11 @@ LAYERS = (
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'progress', 'sampling',
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
-     'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing'),
+     'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing', 'recording'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
      'mt_bench', 'preparation'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
-     'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks'),
+     'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks', 'analyze'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.

@@ -1,0 +1,103 @@
+"""openmoe-analyze: what a model's routers do.
+
+  openmoe-analyze record runs/demo --mixture=demo_full_lm --output=runs/demo/routing
+  openmoe-analyze record runs/demo --mixture=demo_code_full_lm,demo_prose_full_lm --output=runs/demo/routing \\
+    --policy=none,t5x_train,t5x_eval,colossalai --tokens=1000000
+  openmoe-analyze record runs/demo --mixture=demo_full_lm --output=runs/demo/routing --all_checkpoints --initialization
+
+`record` writes parquet files with a line for every token and sparse layer: experts, gates, slots, what was dropped, where
+the token stands, its loss. The same command after a stop goes on where it was. docs/routing_analysis.md has the columns.
+"""
+
+import argparse
+import functools
+from typing import Any, Iterator, Optional, Sequence
+
+from openmoe_jax import checkpoint_flags, command_line
+from openmoe_jax.config import RunConfig, from_dict, require
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+  """Entry point; mistakes end in one line and exit status 2."""
+  command_line.run_main(_main, argv)
+
+
+def _main(argv: Optional[Sequence[str]]) -> None:
+  args = parser().parse_args(argv)
+  require(not args.gin_bindings, f'--gin.{"".join(args.gin_bindings[:1])}: this program takes its configuration from '
+          'the checkpoint')
+  args.run(args)
+
+
+def parser() -> command_line.Parser:
+  """The program's flags."""
+  flags = command_line.Parser(configured=False, prog='openmoe-analyze', description=__doc__)
+  commands = flags.add_subparsers(required=True, metavar='record|figures', parser_class=functools.partial(
+      command_line.Parser, configured=False))
+  record = commands.add_parser('record', description='Writes the routing of a checkpoint over tasks as parquet files.')
+  record.set_defaults(run=_record)
+  checkpoint_flags.add_flags(record, capacity_mode=False)
+  group = record.add_argument_group('what is recorded')
+  group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
+  group.add_argument('--output', required=True, metavar='DIR', help='local or gs://')
+  group.add_argument('--policy', default='none', metavar='NAME[,NAME]', help='who may be dropped: none (default), '
+                     't5x_train, t5x_eval, colossalai, colossalai_train')
+  group.add_argument('--tokens', type=int, default=65536, help='positions of each task; default 65536')
+  group.add_argument('--split', default='validation', help='of the tasks; default validation')
+  group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
+  group.add_argument('--all_checkpoints', action='store_true', help='every step in the model_dir')
+  group.add_argument('--initialization', action='store_true', help='also the parameters before training, which the '
+                     "run's seed gives, as step 0")
+  group.add_argument('--part_tokens', type=int, default=131072, help='tokens of a file; default 131072')
+  group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
+  group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
+  return flags
+
+
+def _record(args: argparse.Namespace) -> None:
+  from openmoe_jax import loading
+  from openmoe_jax.recording import collect
+  settings = collect.Settings(_names(args.mixture), _names(args.policy), args.tokens, args.split, args.length,
+                              args.batch_size, args.part_tokens)
+  collect.check(settings)
+  for model in _models(args):
+    data = dict(model.run['data'])
+    if args.tfds_data_dir is not None:
+      data['tfds_data_dir'] = args.tfds_data_dir
+    data['module_imports'] = [*data['module_imports'], *_names(args.module_imports or '')]
+    model.run = {**model.run, 'data': data}
+    collect.record(model, args.output, settings, str(loading.home(args.checkpoint)))
+  print(f'wrote {args.output}')
+
+
+def _names(text: str) -> Sequence[str]:
+  return [name.strip() for name in text.split(',') if name.strip()]
+
+
+def _models(args: argparse.Namespace) -> Iterator[Any]:
+  """The models to record, one in memory at a time."""
+  from openmoe_jax import loading
+  checkpoints = loading.checkpoints_of(args.checkpoint, args.all_checkpoints)
+  for i, checkpoint in enumerate(checkpoints):
+    model = checkpoint_flags.load_model(argparse.Namespace(**{**vars(args), 'checkpoint': str(checkpoint)}))
+    if i == 0 and args.initialization:
+      yield _initial(args, model)
+    yield model
+
+
+def _initial(args: argparse.Namespace, model: Any) -> Any:
+  """The model before its first training step."""
+  import jax
+  from openmoe_jax import loading
+  from openmoe_jax.train_state import init_params
+  require(not loading.is_hugging_face(args.checkpoint) and not args.int8 and model.mesh is None,
+          '--initialization makes the parameters of a run of ours on one device, without --int8')
+  run = from_dict(RunConfig, model.run)
+  require(not run.checkpoint.initial_checkpoint_path, '--initialization: the run did not begin with random parameters, but '
+          f'from {run.checkpoint.initial_checkpoint_path}')
+  params = jax.jit(init_params, static_argnums=(0, 1))(model.config, run.train.seed)
+  return loading.Model(model.config, params, 0, model.run)
+
+
+if __name__ == '__main__':
+  main()
