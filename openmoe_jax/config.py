@@ -6,183 +6,11 @@ and compared with the configuration of the run that is being resumed.
 """
 
 import dataclasses
-import math
-import numbers
 from typing import Any, Mapping, Tuple
 
-DTYPES = ('float32', 'bfloat16', 'float16')
-CAPACITY_MODES = ('t5x', 'none', 'colossalai')
-DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k',)
-REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
-ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
-
-
-class ConfigError(ValueError):
-  """A setting that cannot work. The message names the setting, its value and what would be valid."""
-
-
-def require(condition: bool, message: str) -> None:
-  """Raises `ConfigError(message)` unless `condition` holds."""
-  if not condition:
-    raise ConfigError(message)
-
-
-def _one_of(name: str, value: Any, valid: Tuple[str, ...]) -> None:
-  require(value in valid, f'{name} = {value!r} is not known; valid: {", ".join(map(repr, valid))}')
-
-
-def _integers(owner: Any, least: int, *names: str) -> None:
-  """Makes the fields plain integers (NumPy's are taken, too) and checks that they are at least `least`."""
-  for name in names:
-    value = getattr(owner, name)
-    require(isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least,
-            f'{type(owner).__name__}.{name} = {value!r} must be an integer of at least {least}')
-    object.__setattr__(owner, name, int(value))
-
-
-def _not_negative(owner: Any, *names: str) -> None:
-  """Makes the fields plain floats and checks that they are finite and not negative."""
-  for name in names:
-    value = getattr(owner, name)
-    require(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0,
-            f'{type(owner).__name__}.{name} = {value!r} must be a number that is not negative')
-    object.__setattr__(owner, name, float(value))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes and mathematics of one OpenMoE model (SPEC sections 1, 2, 3, 13).
-
-  Attributes:
-    vocab_size: rows of the embedding and columns of the output matrix (V), sentinels and padding included.
-    emb_dim: width of the residual stream (D).
-    mlp_dim: hidden width of every feed-forward network, dense or expert (F).
-    num_heads: attention heads (H).
-    head_dim: width of one head (K); H*K need not equal D.
-    num_layers: decoder layers.
-    moe_interval: layer i is sparse iff i % moe_interval == moe_interval - 1; must divide num_layers. 1 for a dense model.
-    num_experts: experts of a sparse layer (E); 0 makes every layer dense.
-    num_selected_experts: experts each token asks for (S).
-    router: name of the routing function, see `openmoe_jax.routers`.
-    batch_prioritized: fill expert slots in the order of descending top-1 probability instead of token order.
-    ignore_padding_tokens: padding takes no expert slot and is left out of the load-balance loss (SPEC 2.11).
-    group_size: most tokens per routing group, before the rounding rules of SPEC 2.2 (GROUP_SIZE of the original).
-    train_capacity_factor, eval_capacity_factor: expert slots per group = factor * tokens per group / E (SPEC 2.3).
-    min_expert_capacity: fewest slots per expert and group.
-    num_expert_replicas: R of SPEC 2.1; the number of groups is a multiple of R*E.
-    capacity_mode: 't5x' (SPEC 2.3), 'none' (no token is ever dropped), 'colossalai' (SPEC 9 a, b).
-    dispatch: 'sort' (gather and scatter) or 'einsum' (one-hot matrices, the reference), equal to rounding; 'dropless',
-      for capacity_mode = 'none': runs of rows instead of slots, nothing padded, all tokens one routing group.
-    extra_mlp: an always-on feed-forward network behind the experts, with its own norm.
-    parallel_moe: the paper's equation 4: experts and extra MLP read the same normalised input and are added together.
-    mlp_activations: ('swiglu', 'linear') is the released models' three-factor gate with wi_0 [D, 2F];
-      ('silu', 'linear') is the plain SwiGLU of the paper's text.
-    inputs_bidirectional_attention: positions with decoder_causal_attention = 1 see each other both ways.
-    dropout_rate: of the embedding, the attention weights, each FFN's hidden layer, each sub-layer's output and the
-      final norm's output; one mask for all positions of a row, as in T5X.
-    layer_norm_epsilon: added to the mean square in RMS norm.
-    init_scale: variance scale of the kernels' initialisation (SPEC 5; the dense twins use 1.0).
-    aux_loss_factor, router_z_loss_factor, z_loss: weights of the auxiliary losses (SPEC 3).
-    label_smoothing: probability mass moved from the target to the other tokens.
-    loss_normalization: 'target_tokens' (mean over weighted targets) or 'sum' (SPEC 13, the dense twins).
-    dtype: activations; parameters are always float32.
-    residual_dtype: the residual stream (SPEC 15.3).
-    scan_blocks: one compiled block scanned over stacked parameters (fast to compile), or one copy a block (fast on CPU).
-    remat: which activations the backward pass computes again: 'none', 'dots' (all but matmul results), 'minimal' (all
-      but the sub-layers' named outputs), 'full'.
-    attention_query_blocks: causal attention is computed in this many blocks of queries, each against the keys up to
-      its end; 1 computes the whole square.
-    loss_chunk_tokens: tokens of each batch shard whose float32 logits exist at one time in the loss.
-  """
-  vocab_size: int
-  emb_dim: int
-  mlp_dim: int
-  num_heads: int
-  head_dim: int
-  num_layers: int
-  moe_interval: int = 1
-  num_experts: int = 0
-  num_selected_experts: int = 2
-  router: str = 'top_k'
-  batch_prioritized: bool = False
-  ignore_padding_tokens: bool = False
-  group_size: int = 4096
-  train_capacity_factor: float = 1.25
-  eval_capacity_factor: float = 2.0
-  min_expert_capacity: int = 4
-  num_expert_replicas: int = 1
-  capacity_mode: str = 't5x'
-  dispatch: str = 'sort'
-  extra_mlp: bool = True
-  parallel_moe: bool = False
-  mlp_activations: Tuple[str, ...] = ('swiglu', 'linear')
-  inputs_bidirectional_attention: bool = False
-  dropout_rate: float = 0.0
-  layer_norm_epsilon: float = 1e-6
-  init_scale: float = 0.1
-  aux_loss_factor: float = 0.01
-  router_z_loss_factor: float = 1e-4
-  z_loss: float = 1e-4
-  label_smoothing: float = 0.0
-  loss_normalization: str = 'target_tokens'
-  dtype: str = 'bfloat16'
-  residual_dtype: str = 'float32'
-  scan_blocks: bool = True
-  remat: str = 'none'
-  attention_query_blocks: int = 4
-  loss_chunk_tokens: int = 512
-
-  def __post_init__(self):
-    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
-    _integers(self, 1, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
-              'num_selected_experts', 'group_size', 'min_expert_capacity', 'num_expert_replicas',
-              'attention_query_blocks', 'loss_chunk_tokens')
-    _integers(self, 0, 'num_experts')
-    _not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
-                  'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale')
-    _one_of('ModelConfig.router', self.router, ROUTERS)
-    _one_of('ModelConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES)
-    _one_of('ModelConfig.dispatch', self.dispatch, DISPATCH_BACKENDS)
-    _one_of('ModelConfig.remat', self.remat, REMAT_POLICIES)
-    _one_of('ModelConfig.loss_normalization', self.loss_normalization, ('target_tokens', 'sum'))
-    _one_of('ModelConfig.dtype', self.dtype, DTYPES)
-    _one_of('ModelConfig.residual_dtype', self.residual_dtype, DTYPES)
-    require(len(self.mlp_activations) == 2, f'ModelConfig.mlp_activations = {self.mlp_activations} must name two '
-            "activations; the released models use ('swiglu', 'linear'), a plain SwiGLU is ('silu', 'linear')")
-    for activation in self.mlp_activations:
-      _one_of('ModelConfig.mlp_activations', activation, ACTIVATIONS)
-    require(self.head_dim % 2 == 0, f'ModelConfig.head_dim = {self.head_dim} must be even: rotary embedding '
-            'turns pairs of features')
-    require(self.num_layers % self.moe_interval == 0, f'ModelConfig.moe_interval = {self.moe_interval} must divide '
-            f'num_layers = {self.num_layers}')
-    require(self.dropout_rate < 1, f'ModelConfig.dropout_rate = {self.dropout_rate} must be below 1')
-    require(self.label_smoothing < 1, f'ModelConfig.label_smoothing = {self.label_smoothing} must be below 1')
-    if self.num_experts:
-      require(self.num_selected_experts <= self.num_experts, 'ModelConfig.num_selected_experts = '
-              f'{self.num_selected_experts} must be at most num_experts = {self.num_experts}')
-    require(self.dispatch != 'dropless' or self.capacity_mode == 'none', f"ModelConfig.dispatch = 'dropless' has no "
-            f"capacity: it needs capacity_mode = 'none', not {self.capacity_mode!r}")
-    require(self.dispatch != 'dropless' or not self.dropout_rate, "ModelConfig.dispatch = 'dropless' has no dropout: "
-            f'it needs dropout_rate = 0, not {self.dropout_rate}')
-    require(not (self.parallel_moe and not self.extra_mlp),
-            'ModelConfig.parallel_moe = True needs extra_mlp = True: it adds the two together')
-
-  @property
-  def num_blocks(self) -> int:
-    """Number of blocks of `moe_interval` layers, the last of which is sparse."""
-    return self.num_layers // self.moe_interval
-
-  @property
-  def num_sparse_layers(self) -> int:
-    return self.num_blocks if self.num_experts else 0
-
-  def is_sparse(self, layer: int) -> bool:
-    """Whether 0-based decoder layer `layer` holds experts (SPEC 1.4)."""
-    return bool(self.num_experts) and layer % self.moe_interval == self.moe_interval - 1
-
-  def replace(self, **changes) -> 'ModelConfig':
-    return dataclasses.replace(self, **changes)
+# Also for everybody who imports these from here.
+from openmoe_jax.checks import ConfigError, integers, not_negative, one_of, require
+from openmoe_jax.model_config import ACTIVATIONS, CAPACITY_MODES, DISPATCH_BACKENDS, DTYPES, ROUTERS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +27,11 @@ class MeshConfig:
   platform: str = ''
 
   def __post_init__(self):
-    _integers(self, 1, 'expert', 'model')
-    _integers(self, -1, 'data')
+    integers(self, 1, 'expert', 'model')
+    integers(self, -1, 'data')
     require(self.data != 0,
             f'MeshConfig.data = {self.data!r} must be a positive integer, or -1 for all remaining devices')
-    _one_of('MeshConfig.platform', self.platform, ('', 'cpu', 'gpu', 'tpu'))
+    one_of('MeshConfig.platform', self.platform, ('', 'cpu', 'gpu', 'tpu'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +86,8 @@ class DataConfig:
     object.__setattr__(self, 'task_feature_lengths', dict(self.task_feature_lengths))
     object.__setattr__(self, 'module_imports', tuple(self.module_imports))
     object.__setattr__(self, 'mixture_schedule', tuple(self.mixture_schedule))
-    _integers(self, 1, 'batch_size', 'num_streams', 'open_rows')
-    _integers(self, 0, 'seed', 'extra_ids', 'eval_batch_size', 'eval_batches')
+    integers(self, 1, 'batch_size', 'num_streams', 'open_rows')
+    integers(self, 0, 'seed', 'extra_ids', 'eval_batch_size', 'eval_batches')
     for feature, length in self.task_feature_lengths.items():
       require(feature in ('inputs', 'targets') and isinstance(length, int) and length > 0,
               f'DataConfig.task_feature_lengths[{feature!r}] = {length!r}: features are inputs and targets, '
@@ -308,10 +136,10 @@ class OptimizerConfig:
   max_grad_norm: float = 0.0
 
   def __post_init__(self):
-    _one_of('OptimizerConfig.name', self.name, ('adafactor', 'adamw'))
-    _integers(self, 0, 'warmup_steps', 'decay_steps')
-    _integers(self, 1, 'min_dim_size_to_factor')
-    _not_negative(self, 'learning_rate', 'min_learning_rate', 'decay_exponent', 'epsilon1', 'epsilon2',
+    one_of('OptimizerConfig.name', self.name, ('adafactor', 'adamw'))
+    integers(self, 0, 'warmup_steps', 'decay_steps')
+    integers(self, 1, 'min_dim_size_to_factor')
+    not_negative(self, 'learning_rate', 'min_learning_rate', 'decay_exponent', 'epsilon1', 'epsilon2',
                   'clipping_threshold', 'adam_b1', 'adam_b2', 'adam_epsilon', 'weight_decay', 'max_grad_norm')
     for name in ('adam_b1', 'adam_b2'):
       require(getattr(self, name) < 1, f'OptimizerConfig.{name} = {getattr(self, name)} must be below 1')
@@ -341,8 +169,8 @@ class CheckpointConfig:
   allow_setting_changes: bool = False
 
   def __post_init__(self):
-    _integers(self, 0, 'period', 'max_to_keep', 'keep_period')
-    _one_of('CheckpointConfig.restore', self.restore, ('params', 'full'))
+    integers(self, 0, 'period', 'max_to_keep', 'keep_period')
+    one_of('CheckpointConfig.restore', self.restore, ('params', 'full'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,8 +195,8 @@ class TrainConfig:
   plots: bool = True
 
   def __post_init__(self):
-    _integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
-    _integers(self, 0, 'seed', 'eval_period')
+    integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
+    integers(self, 0, 'seed', 'eval_period')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,11 +245,11 @@ class EvalConfig:
   def __post_init__(self):
     object.__setattr__(self, 'tasks', tuple(self.tasks))
     object.__setattr__(self, 'perplexity', tuple(self.perplexity))
-    _integers(self, 1, 'batch_size', 'max_new_tokens', 'num_samples')
-    _integers(self, 0, 'period', 'max_examples', 'window', 'shots', 'top_k', 'seed')
-    _not_negative(self, 'temperature')
-    _one_of('EvalConfig.long_prompts', self.long_prompts, ('refuse', 'cut_left', 'cut_right'))
-    _one_of('EvalConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES[:2])
+    integers(self, 1, 'batch_size', 'max_new_tokens', 'num_samples')
+    integers(self, 0, 'period', 'max_examples', 'window', 'shots', 'top_k', 'seed')
+    not_negative(self, 'temperature')
+    one_of('EvalConfig.long_prompts', self.long_prompts, ('refuse', 'cut_left', 'cut_right'))
+    one_of('EvalConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES[:2])
     require(0 < self.top_p <= 1, f'EvalConfig.top_p = {self.top_p} must be above 0 and at most 1')
     require(not self.window or self.window > self.max_new_tokens + 1, f'EvalConfig.window = {self.window} leaves no room '
             f'for a question beside max_new_tokens = {self.max_new_tokens}')

@@ -16,7 +16,7 @@ LONGEST = 500
 # docs/architecture.md has this table with a sentence about each. A module imports from lower layers, and from its own
 # layer as long as that makes no circle.
 LAYERS = (
-    ('config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
+    ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
      'tensorflow_setup', 'environment', 'launch'),
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),

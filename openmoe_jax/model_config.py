@@ -1,0 +1,148 @@
+"""The settings of a model. Everybody else imports them from `openmoe_jax.config`."""
+
+import dataclasses
+from typing import Tuple
+
+from openmoe_jax.checks import integers, not_negative, one_of, require
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+CAPACITY_MODES = ('t5x', 'none', 'colossalai')
+DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
+ROUTERS = ('top_k',)
+REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
+ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and mathematics of one OpenMoE model (SPEC sections 1, 2, 3, 13).
+
+  Attributes:
+    vocab_size: rows of the embedding and columns of the output matrix (V), sentinels and padding included.
+    emb_dim: width of the residual stream (D).
+    mlp_dim: hidden width of every feed-forward network, dense or expert (F).
+    num_heads: attention heads (H).
+    head_dim: width of one head (K); H*K need not equal D.
+    num_layers: decoder layers.
+    moe_interval: layer i is sparse iff i % moe_interval == moe_interval - 1; must divide num_layers. 1 for a dense model.
+    num_experts: experts of a sparse layer (E); 0 makes every layer dense.
+    num_selected_experts: experts each token asks for (S).
+    router: name of the routing function, see `openmoe_jax.routers`.
+    batch_prioritized: fill expert slots in the order of descending top-1 probability instead of token order.
+    ignore_padding_tokens: padding takes no expert slot and is left out of the load-balance loss (SPEC 2.11).
+    group_size: most tokens per routing group, before the rounding rules of SPEC 2.2 (GROUP_SIZE of the original).
+    train_capacity_factor, eval_capacity_factor: expert slots per group = factor * tokens per group / E (SPEC 2.3).
+    min_expert_capacity: fewest slots per expert and group.
+    num_expert_replicas: R of SPEC 2.1; the number of groups is a multiple of R*E.
+    capacity_mode: 't5x' (SPEC 2.3), 'none' (no token is ever dropped), 'colossalai' (SPEC 9 a, b).
+    dispatch: 'sort' (gather and scatter) or 'einsum' (one-hot matrices, the reference), equal to rounding; 'dropless',
+      for capacity_mode = 'none': runs of rows instead of slots, nothing padded, all tokens one routing group.
+    extra_mlp: an always-on feed-forward network behind the experts, with its own norm.
+    parallel_moe: the paper's equation 4: experts and extra MLP read the same normalised input and are added together.
+    mlp_activations: ('swiglu', 'linear') is the released models' three-factor gate with wi_0 [D, 2F];
+      ('silu', 'linear') is the plain SwiGLU of the paper's text.
+    inputs_bidirectional_attention: positions with decoder_causal_attention = 1 see each other both ways.
+    dropout_rate: of the embedding, the attention weights, each FFN's hidden layer, each sub-layer's output and the
+      final norm's output; one mask for all positions of a row, as in T5X.
+    layer_norm_epsilon: added to the mean square in RMS norm.
+    init_scale: variance scale of the kernels' initialisation (SPEC 5; the dense twins use 1.0).
+    aux_loss_factor, router_z_loss_factor, z_loss: weights of the auxiliary losses (SPEC 3).
+    label_smoothing: probability mass moved from the target to the other tokens.
+    loss_normalization: 'target_tokens' (mean over weighted targets) or 'sum' (SPEC 13, the dense twins).
+    dtype: activations; parameters are always float32.
+    residual_dtype: the residual stream (SPEC 15.3).
+    scan_blocks: one compiled block scanned over stacked parameters (fast to compile), or one copy a block (fast on CPU).
+    remat: which activations the backward pass computes again: 'none', 'dots' (all but matmul results), 'minimal' (all
+      but the sub-layers' named outputs), 'full'.
+    attention_query_blocks: causal attention is computed in this many blocks of queries, each against the keys up to
+      its end; 1 computes the whole square.
+    loss_chunk_tokens: tokens of each batch shard whose float32 logits exist at one time in the loss.
+  """
+  vocab_size: int
+  emb_dim: int
+  mlp_dim: int
+  num_heads: int
+  head_dim: int
+  num_layers: int
+  moe_interval: int = 1
+  num_experts: int = 0
+  num_selected_experts: int = 2
+  router: str = 'top_k'
+  batch_prioritized: bool = False
+  ignore_padding_tokens: bool = False
+  group_size: int = 4096
+  train_capacity_factor: float = 1.25
+  eval_capacity_factor: float = 2.0
+  min_expert_capacity: int = 4
+  num_expert_replicas: int = 1
+  capacity_mode: str = 't5x'
+  dispatch: str = 'sort'
+  extra_mlp: bool = True
+  parallel_moe: bool = False
+  mlp_activations: Tuple[str, ...] = ('swiglu', 'linear')
+  inputs_bidirectional_attention: bool = False
+  dropout_rate: float = 0.0
+  layer_norm_epsilon: float = 1e-6
+  init_scale: float = 0.1
+  aux_loss_factor: float = 0.01
+  router_z_loss_factor: float = 1e-4
+  z_loss: float = 1e-4
+  label_smoothing: float = 0.0
+  loss_normalization: str = 'target_tokens'
+  dtype: str = 'bfloat16'
+  residual_dtype: str = 'float32'
+  scan_blocks: bool = True
+  remat: str = 'none'
+  attention_query_blocks: int = 4
+  loss_chunk_tokens: int = 512
+
+  def __post_init__(self):
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    integers(self, 1, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
+              'num_selected_experts', 'group_size', 'min_expert_capacity', 'num_expert_replicas',
+              'attention_query_blocks', 'loss_chunk_tokens')
+    integers(self, 0, 'num_experts')
+    not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
+                  'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale')
+    one_of('ModelConfig.router', self.router, ROUTERS)
+    one_of('ModelConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES)
+    one_of('ModelConfig.dispatch', self.dispatch, DISPATCH_BACKENDS)
+    one_of('ModelConfig.remat', self.remat, REMAT_POLICIES)
+    one_of('ModelConfig.loss_normalization', self.loss_normalization, ('target_tokens', 'sum'))
+    one_of('ModelConfig.dtype', self.dtype, DTYPES)
+    one_of('ModelConfig.residual_dtype', self.residual_dtype, DTYPES)
+    require(len(self.mlp_activations) == 2, f'ModelConfig.mlp_activations = {self.mlp_activations} must name two '
+            "activations; the released models use ('swiglu', 'linear'), a plain SwiGLU is ('silu', 'linear')")
+    for activation in self.mlp_activations:
+      one_of('ModelConfig.mlp_activations', activation, ACTIVATIONS)
+    require(self.head_dim % 2 == 0, f'ModelConfig.head_dim = {self.head_dim} must be even: rotary embedding '
+            'turns pairs of features')
+    require(self.num_layers % self.moe_interval == 0, f'ModelConfig.moe_interval = {self.moe_interval} must divide '
+            f'num_layers = {self.num_layers}')
+    require(self.dropout_rate < 1, f'ModelConfig.dropout_rate = {self.dropout_rate} must be below 1')
+    require(self.label_smoothing < 1, f'ModelConfig.label_smoothing = {self.label_smoothing} must be below 1')
+    if self.num_experts:
+      require(self.num_selected_experts <= self.num_experts, 'ModelConfig.num_selected_experts = '
+              f'{self.num_selected_experts} must be at most num_experts = {self.num_experts}')
+    require(self.dispatch != 'dropless' or self.capacity_mode == 'none', f"ModelConfig.dispatch = 'dropless' has no "
+            f"capacity: it needs capacity_mode = 'none', not {self.capacity_mode!r}")
+    require(self.dispatch != 'dropless' or not self.dropout_rate, "ModelConfig.dispatch = 'dropless' has no dropout: "
+            f'it needs dropout_rate = 0, not {self.dropout_rate}')
+    require(not (self.parallel_moe and not self.extra_mlp),
+            'ModelConfig.parallel_moe = True needs extra_mlp = True: it adds the two together')
+
+  @property
+  def num_blocks(self) -> int:
+    """Number of blocks of `moe_interval` layers, the last of which is sparse."""
+    return self.num_layers // self.moe_interval
+
+  @property
+  def num_sparse_layers(self) -> int:
+    return self.num_blocks if self.num_experts else 0
+
+  def is_sparse(self, layer: int) -> bool:
+    """Whether 0-based decoder layer `layer` holds experts (SPEC 1.4)."""
+    return bool(self.num_experts) and layer % self.moe_interval == self.moe_interval - 1
+
+  def replace(self, **changes) -> 'ModelConfig':
+    return dataclasses.replace(self, **changes)
