@@ -310,6 +310,8 @@ def read_item(directory: epath.Path, item: str, model: ModelConfig, template: An
   if not wanted:
     return template
   sums = (progress or read_progress(directory))['checksums'].get(item, {})
+  require(sums or item != 'router_state', f'the checkpoint {directory} holds no router_state, which ModelConfig.router = '
+          f'{model.router!r} needs: it was made with another router')
   handler = ocp.PyTreeCheckpointHandler()
   folder = directory / item
   require_same_arrays(folder, stored_shapes(folder), wanted)

@@ -22,7 +22,7 @@ import numpy as np
 from openmoe_jax import sampling as sampling_lib
 from openmoe_jax.attention import BlockContext, make_logit_mask
 from openmoe_jax.config import CAPACITY_MODES, ModelConfig, require
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.partitioning import batch_sharding
 from openmoe_jax.routers.groups import group_tokens
 
@@ -164,7 +164,7 @@ def prefill(program: _Program, params: Any, tokens: jax.Array, lengths: jax.Arra
   is_prompt = positions <= lengths[:, None]
   context = BlockContext(tokens, positions, is_prompt, make_logit_mask(tokens),
                          bidirectional=is_prompt if config.inputs_bidirectional_attention else None)
-  hidden, kernel, new = OpenMoE(config, decoding=True).apply({'params': params}, context, method='cached')
+  hidden, kernel, new = OpenMoE(config, decoding=True).apply(variables(params), context, method='cached')
   repeat = lambda x, axis=0: jnp.repeat(x, program.num_samples, axis)
   room = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, program.new), (0, 0)))
   rows = done.shape[0]
@@ -191,7 +191,7 @@ def step_logits(config: ModelConfig, params: Any, state: State, prompt: int, t5x
   context = BlockContext(token_ids=state.token[:, None], positions=(state.prefilled + state.fed)[:, None],
                          is_target=jnp.ones_like(active)[:, None], logit_mask=active[:, None],
                          slot=prompt + state.fed, cached=seen)
-  hidden, kernel, cache = OpenMoE(config, decoding=True).apply({'params': params}, context, state.cache, method='cached')
+  hidden, kernel, cache = OpenMoE(config, decoding=True).apply(variables(params), context, state.cache, method='cached')
   return _logits(hidden[:, 0], kernel), state._replace(cache=cache, fed=state.fed + 1)
 
 
@@ -327,7 +327,7 @@ def generate(config: ModelConfig, params: Any, tokens: Any, lengths: Any, max_ne
 
   Args:
     config: of the model; its capacity_mode and dispatch are those of training and are not read.
-    params: in the layout of `config.scan_blocks`; on a mesh, sharded as in training.
+    params: in the layout of `config.scan_blocks`, or `Model.variables`; on a mesh, sharded as in training.
     tokens: int [B, L] prompts, padded on the right, without the id 0 that starts a sequence.
     lengths: int [B], tokens of each prompt, at least 1.
     max_new_tokens: a row ends there, or earlier.

@@ -4,6 +4,7 @@ import functools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from openmoe_jax import checkpoints
@@ -16,6 +17,8 @@ from openmoe_jax.config import ConfigError, ModelConfig, require
 from openmoe_jax.convert import hf_tokenizer
 from openmoe_jax.convert.huggingface import HuggingFaceSource
 from openmoe_jax.convert.tensors import PARAMS
+from openmoe_jax.model import variables
+from openmoe_jax.routers.state import init_state
 from openmoe_jax.train_state import init_params
 
 
@@ -25,6 +28,7 @@ class Model:
   Attributes:
     config: its ModelConfig.
     params: parameters, in the layout of `config.scan_blocks`.
+    router_state: arrays of routers that have some, else {}; `variables` are both together, which is what runs the model.
     step: training steps done.
     run: the whole configuration of the run, as the dictionary of config.json.
     mesh: the devices of `params`, None for a single one.
@@ -32,12 +36,17 @@ class Model:
   """
 
   def __init__(self, config: ModelConfig, params: Any, step: int, run: Dict[str, Any],
-               mesh: Optional[jax.sharding.Mesh] = None):
+               mesh: Optional[jax.sharding.Mesh] = None, router_state: Optional[Any] = None):
     self.config = config
     self.params = params
+    self.router_state = router_state or {}
     self.step = step
     self.run = run
     self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+
+  @property
+  def variables(self) -> Dict[str, Any]:
+    return variables(self.params, self.router_state)
 
   @functools.cached_property
   def vocabulary(self) -> Any:
@@ -82,11 +91,12 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
     progress = checkpoints.read_progress(directory)
     config = checkpoints.read_model_config(directory).replace(**changes)
     params = checkpoints.read_item(directory, 'params', config, _template(config, mesh), progress)
+    state = checkpoints.read_item(directory, 'router_state', config, state_template(config, mesh), progress)
   except (ConfigError, TypeError):
     raise
   except Exception as error:
     raise checkpoints.CheckpointError(f'{directory} cannot be read: {checkpoints.one_line(error)}') from error
-  return Model(config, params, progress['step'], run, mesh)
+  return Model(config, params, progress['step'], run, mesh, state)
 
 
 def read_run(path: paths.PathLike) -> Dict[str, Any]:
@@ -141,6 +151,13 @@ def _template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   shapes = jax.eval_shape(lambda: init_params(config, 0))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
                       partitioning.tree_shardings(shapes, mesh))
+
+
+def state_template(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes of the router state, which every device holds as a whole."""
+  sharding = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      jax.eval_shape(lambda: init_state(config)))
 
 
 def is_hugging_face(path: paths.PathLike) -> bool:

@@ -1,6 +1,6 @@
 """OpenMoE: decoder layers, blocks scanned or unrolled, the decoder and the whole model (SPEC 1)."""
 
-from typing import Any, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
 from openmoe_jax.moe import MoE, RoutingRecord
 from openmoe_jax.partitioning import STACKED, constrain
+from openmoe_jax.routers.state import State, check_state, init_state
 
 # Sub-layer outputs that the remat policy 'minimal' keeps.
 REMAT_NAMES = ('attention_out', 'mlp_out', 'extra_mlp_out')
@@ -40,7 +41,8 @@ class DecoderLayer(nn.Module):
   decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[KeysValues] = None
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[KeysValues] = None,
+               router_state: Optional[State] = None
                ) -> Tuple[jax.Array, Optional[RoutingRecord], Optional[KeysValues]]:
     config = self.config
     mask = context.logit_mask[:, :, None]
@@ -61,7 +63,7 @@ class DecoderLayer(nn.Module):
     if not self.sparse:
       return add(x, GatedMLP(config, name='mlp')(y, train), 'mlp_out'), None, new
 
-    routed, record = MoE(config, self.record_routing, name='mlp')(y, train)
+    routed, record = MoE(config, self.record_routing, name='mlp')(y, train, context.token_ids, router_state)
     if config.parallel_moe:  # the paper's equation 4
       return add(add(x, routed, 'mlp_out'), GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out'), record, new
     x = add(x, routed, 'mlp_out')
@@ -81,13 +83,13 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, carry: Tuple[jax.Array, Optional[Sequence[KeysValues]]], context: BlockContext, train: bool,
-               index: Optional[jax.Array] = None):
+               index: Optional[jax.Array] = None, router_state: Optional[State] = None):
     (x, cache), context = carry, context._replace(block=index)
     record, news = None, []
     for i in range(self.config.moe_interval):
       x, record, new = _remat(DecoderLayer, self.config.remat)(
           self.config, self.config.is_sparse(i), self.record_routing, self.decoding, name=f'layers_{i}')(
-              x, context, train, None if cache is None else cache[i])
+              x, context, train, None if cache is None else cache[i], router_state)
       news.append(new)
     return (x, tuple(news) if cache is not None else None), (record, tuple(news) if cache is None else None)
 
@@ -99,27 +101,30 @@ class Decoder(nn.Module):
   decoding: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
+  def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None,
+               router_state: State = {}):
     """[B, L, D] -> hidden [B, L, D] in the activation dtype, output kernel [D, V], RoutingRecord or None, new.
 
-    `cache` and `new` hold a KeysValues per layer, or per layer of a block with a leading axis of blocks if
-    `scan_blocks`; `new` holds None unless `decoding`.
+    `router_state` holds arrays with a leading axis of sparse layers. `cache` and `new` hold a KeysValues per layer, or
+    per layer of a block with a leading axis of blocks if `scan_blocks`; `new` holds None unless `decoding`.
     """
     config = self.config
     x = Dropout(config.dropout_rate)(x, train).astype(config.residual_dtype)
     if config.scan_blocks:
-      blocks = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-                       in_axes=(nn.broadcast, nn.broadcast, 0), length=config.num_blocks)
+      blocks = nn.scan(Block, variable_axes={'params': 0},
+                       split_rngs={'params': True, 'dropout': True, 'router': True},
+                       in_axes=(nn.broadcast, nn.broadcast, 0, 0), length=config.num_blocks)
       index = None if cache is None else jnp.arange(config.num_blocks)
       blocks = blocks(config, self.record_routing, self.decoding, name=STACKED)
-      (x, cache), (records, news) = blocks((x, cache), context, train, index)
+      (x, cache), (records, news) = blocks((x, cache), context, train, index, router_state)
       news = news if cache is None else cache
     else:
       records, news = [], []
       for i in range(config.num_layers):
+        of_layer = jax.tree.map(lambda leaf: leaf[i // config.moe_interval], router_state)
         x, record, new = _remat(DecoderLayer, config.remat)(
             config, config.is_sparse(i), self.record_routing, self.decoding, name=f'layers_{i}')(
-                x, context, train, None if cache is None else cache[i])
+                x, context, train, None if cache is None else cache[i], of_layer)
         records += [record] if record is not None else []
         news.append(new)
       records = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records) if records else None
@@ -130,14 +135,26 @@ class Decoder(nn.Module):
     return constrain(x, 'batch', 'length', 'embed'), kernel, records, tuple(news)
 
 
+ROUTER_STATE = 'router_state'  # the collection beside 'params'
+
+
+def variables(params: Any, router_state: Optional[State] = None) -> Dict[str, Any]:
+  """What `OpenMoE.apply` takes: {'params': .., 'router_state': ..}. Such a dictionary is passed on as it is, so that
+  whatever runs a model takes its parameters alone, or with the state of its routers."""
+  if 'params' in params:
+    return params
+  return {'params': params, **({ROUTER_STATE: router_state} if router_state else {})}
+
+
 class OpenMoE(nn.Module):
   """A decoder-only language model with interleaved Mixture-of-Experts layers (Xue et al., arXiv 2402.01739).
 
   `OpenMoE(config).apply({'params': params}, batch, train=False)` gives float32 logits [B, L, V]; `batch` is the feature
   dictionary of SPEC 10 (int32 [B, L] arrays): decoder_input_tokens, decoder_target_tokens (0 marks padding, which
   attends to nothing in particular and is not attended to), and, where the batch is packed or bidirectional,
-  decoder_segment_ids and decoder_causal_attention. `train` chooses the capacity factor and turns dropout on
-  (`rngs={'dropout': key}`). `decoding` is for the method `cached`.
+  decoder_segment_ids and decoder_causal_attention. `train` chooses the capacity factor and turns on dropout
+  (`rngs={'dropout': key}`) and what routers draw (`rngs={'router': key}`). Routers with a state of their own need it as
+  a second collection, see `variables`. `decoding` is for the method `cached`.
   """
   config: ModelConfig
   record_routing: bool = False
@@ -178,7 +195,8 @@ class OpenMoE(nn.Module):
 
   def _run(self, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
     x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
-    return self.decoder(x, context, train, cache)
+    state = init_state(self.config) if self.is_initializing() else dict(self.variables.get(ROUTER_STATE, {}))
+    return self.decoder(x, context, train, cache, state)
 
   def _check_call(self, train: bool) -> None:
     """Says in the terms of this library what Flax would say in its own."""
@@ -189,3 +207,6 @@ class OpenMoE(nn.Module):
     require(not (train and config.dropout_rate) or self.has_rng('dropout'), f'ModelConfig.dropout_rate = '
             f"{config.dropout_rate}: training needs a random key (dropout_key of loss_and_metrics, rngs={{'dropout': key}} "
             'of apply)')
+    require(not (train and config.router_draws) or self.has_rng('router'), 'routing with router_jitter, random priority or '
+            "noise needs a random key in training (dropout_key of loss_and_metrics, rngs={'router': key} of apply)")
+    check_state(config, self.variables.get(ROUTER_STATE, {}))

@@ -8,7 +8,8 @@ from openmoe_jax.checks import integers, not_negative, one_of, require
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
 DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k',)
+ROUTERS = ('top_k', 'switch', 'sigmoid')
+PRIORITIES = ('position', 'reversed', 'random')
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
 
@@ -27,11 +28,17 @@ class ModelConfig:
     moe_interval: layer i is sparse iff i % moe_interval == moe_interval - 1; must divide num_layers. 1 for a dense model.
     num_experts: experts of a sparse layer (E); 0 makes every layer dense.
     num_selected_experts: experts each token asks for (S).
-    router: name of the routing function, see `openmoe_jax.routers`.
+    router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3); see docs/routing.md.
+    normalize_gates: a token's gates are divided by their sum over its choices, dropped ones included.
+    bias_update_rate: of the router 'sigmoid': how much an expert's bias moves after a step, towards equal loads.
+    router_jitter: in training the router's input is multiplied by noise between 1 - router_jitter and 1 + router_jitter.
+    priority: which tokens choose first: 'position' (in token order), 'reversed' or 'random' (drawn anew in every layer
+      and step; in evaluation always the same).
     batch_prioritized: fill expert slots in the order of descending top-1 probability instead of token order.
     ignore_padding_tokens: padding takes no expert slot and is left out of the load-balance loss (SPEC 2.11).
     group_size: most tokens per routing group, before the rounding rules of SPEC 2.2 (GROUP_SIZE of the original).
     train_capacity_factor, eval_capacity_factor: expert slots per group = factor * tokens per group / E (SPEC 2.3).
+    capacity_times_k: these slots are multiplied by num_selected_experts, as in GShard (capacity_mode 't5x').
     min_expert_capacity: fewest slots per expert and group.
     num_expert_replicas: R of SPEC 2.1; the number of groups is a multiple of R*E.
     capacity_mode: 't5x' (SPEC 2.3), 'none' (no token is ever dropped), 'colossalai' (SPEC 9 a, b).
@@ -68,11 +75,16 @@ class ModelConfig:
   num_experts: int = 0
   num_selected_experts: int = 2
   router: str = 'top_k'
+  normalize_gates: bool = False
+  bias_update_rate: float = 1e-3
+  router_jitter: float = 0.0
+  priority: str = 'position'
   batch_prioritized: bool = False
   ignore_padding_tokens: bool = False
   group_size: int = 4096
   train_capacity_factor: float = 1.25
   eval_capacity_factor: float = 2.0
+  capacity_times_k: bool = False
   min_expert_capacity: int = 4
   num_expert_replicas: int = 1
   capacity_mode: str = 't5x'
@@ -103,8 +115,10 @@ class ModelConfig:
               'attention_query_blocks', 'loss_chunk_tokens')
     integers(self, 0, 'num_experts')
     not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
-                  'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale')
+                  'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale',
+                 'bias_update_rate', 'router_jitter')
     one_of('ModelConfig.router', self.router, ROUTERS)
+    one_of('ModelConfig.priority', self.priority, PRIORITIES)
     one_of('ModelConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES)
     one_of('ModelConfig.dispatch', self.dispatch, DISPATCH_BACKENDS)
     one_of('ModelConfig.remat', self.remat, REMAT_POLICIES)
@@ -130,6 +144,23 @@ class ModelConfig:
             f'it needs dropout_rate = 0, not {self.dropout_rate}')
     require(not (self.parallel_moe and not self.extra_mlp),
             'ModelConfig.parallel_moe = True needs extra_mlp = True: it adds the two together')
+    self._check_routing()
+
+  def _check_routing(self):
+    require(self.router_jitter < 1, f'ModelConfig.router_jitter = {self.router_jitter} must be below 1')
+    require(not self.batch_prioritized or self.priority == 'position', 'ModelConfig.batch_prioritized = True is an order '
+            f"of its own: it needs priority = 'position', not {self.priority!r}")
+    require(not self.capacity_times_k or self.capacity_mode != 'colossalai', 'ModelConfig.capacity_times_k = True needs '
+            "capacity_mode = 't5x': in 'colossalai' the capacity is multiplied by num_selected_experts already")
+    if not self.num_experts:
+      return
+    require(self.router != 'switch' or self.num_selected_experts == 1, "ModelConfig.router = 'switch' needs "
+            f'num_selected_experts = 1, not {self.num_selected_experts}')
+    if self.normalize_gates:
+      require(self.router in ('top_k', 'sigmoid'), f'ModelConfig.normalize_gates = True is not for router = '
+              f"{self.router!r}; it is for 'top_k' and 'sigmoid'")
+      require(self.num_selected_experts > 1, 'ModelConfig.normalize_gates = True needs num_selected_experts of at least 2: '
+              'the gate of a single expert would always be 1, and the router would learn nothing from it')
 
   @property
   def num_blocks(self) -> int:
@@ -139,6 +170,11 @@ class ModelConfig:
   @property
   def num_sparse_layers(self) -> int:
     return self.num_blocks if self.num_experts else 0
+
+  @property
+  def router_draws(self) -> bool:
+    """Whether routing in training needs a random key."""
+    return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random')
 
   def is_sparse(self, layer: int) -> bool:
     """Whether 0-based decoder layer `layer` holds experts (SPEC 1.4)."""

@@ -1,6 +1,6 @@
 """The Mixture-of-Experts layer: group, route, dispatch, run the experts, combine (SPEC 2)."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import flax.linen as nn
 import jax
@@ -11,8 +11,9 @@ from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts, dropless
 from openmoe_jax.layers import Dropout, Kernel, gate, hidden_widths, normal_init
 from openmoe_jax.partitioning import constrain
+from openmoe_jax.routers import switch
 from openmoe_jax.routers.groups import group_tokens
-from openmoe_jax.routers.types import TokenAssignment
+from openmoe_jax.routers.types import RouterContext, TokenAssignment
 
 
 class RoutingRecord(NamedTuple):
@@ -41,13 +42,16 @@ class RouterWeights(nn.Module):
 
 
 class Router(nn.Module):
-  """Router logits in float32: [G, T, D] -> [G, T, E]."""
+  """Router logits in float32: [G, T, D] -> [G, T, E]. `key` is that of the jitter, where there is one."""
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, key: Optional[jax.Array] = None) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if key is not None and self.config.router_jitter:
+      x = switch.jitter(x, self.config.router_jitter, key)
     # Accelerators would round the factors to 10 or 7 bits by default; next to nothing is saved, and decisions flip.
-    return jnp.matmul(x.astype(jnp.float32), RouterWeights(self.config, name='router_weights')(), precision='highest')
+    return jnp.matmul(x, RouterWeights(self.config, name='router_weights')(), precision='highest')
 
 
 class Experts(nn.Module):
@@ -78,20 +82,26 @@ class MoE(nn.Module):
   """Sparse feed-forward layer.
 
   x [B, L, D] in the activation dtype -> (float32 [B, L, D], RoutingRecord). A masked position is a zero vector: it is
-  routed (unless `ignore_padding_tokens`) and comes back as zero.
+  routed (unless `ignore_padding_tokens`) and comes back as zero. `token_ids` int32 [B, L] are those of x, `state` the
+  layer's arrays of the router state.
   """
   config: ModelConfig
   record_routing: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> Tuple[jax.Array, RoutingRecord]:
+  def __call__(self, x: jax.Array, train: bool, token_ids: jax.Array, state: Optional[Dict[str, jax.Array]] = None
+               ) -> Tuple[jax.Array, RoutingRecord]:
     config = self.config
     batch, length, emb_dim = x.shape
     grouping = group_tokens(config, batch, length, train)
-    x = jnp.pad(x, ((0, grouping.batch - batch), (0, grouping.length - length), (0, 0)))
+    padding = ((0, grouping.batch - batch), (0, grouping.length - length))
+    x = jnp.pad(x, (*padding, (0, 0)))
     x = constrain(x.reshape(grouping.num_groups, grouping.group_size, emb_dim), 'group', None, 'embed')
-    logits = Router(config, name='router')(x)
-    routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity)
+    token_ids = jnp.pad(token_ids, padding).reshape(x.shape[:2])
+    jitter_key, key = jax.random.split(self.make_rng('router')) if train and config.router_draws else (None, None)
+    logits = Router(config, name='router')(x, jitter_key)
+    routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity,
+                           RouterContext(token_ids, None, state, key))
     experts = Experts(config, name='expert')
     if config.dispatch == 'dropless':
       y = experts(x, train, routed.assignment)

@@ -75,4 +75,5 @@ def quantize_model(model: Any) -> Any:
   """
   require(model.mesh is None or model.mesh.shape['model'] == 1, 'int8 kernels are not split over the mesh axis '
           f"'model', which has {model.mesh.shape['model'] if model.mesh else 1} devices here; use the axis 'expert'")
-  return type(model)(model.config, quantize(model.params), model.step, model.run, model.mesh)
+  return type(model)(model.config, quantize(model.params), model.step, model.run, model.mesh,
+                     model.router_state)

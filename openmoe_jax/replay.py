@@ -9,10 +9,12 @@ import numpy as np
 from openmoe_jax import checkpoints, data, metrics as metrics_lib, paths, resume, vocabulary
 from openmoe_jax.config import ConfigError, RunConfig, require
 from openmoe_jax.iterator_state import batches_before
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.loading import state_template
+from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.partitioning import make_mesh, tree_shardings, validate_mesh
+from openmoe_jax.routers.state import init_state
 from openmoe_jax.train_state import init_params
-from openmoe_jax.train_step import loss_and_metrics
+from openmoe_jax.train_step import loss_and_metrics, random_keys
 from openmoe_jax.writers import sparse_layers
 
 _TEXT = 300   # characters shown of a row
@@ -80,17 +82,18 @@ def _batch(run: RunConfig, folder: epath.Path, steps: List[int], step: int) -> M
 
 def _parameters(run: RunConfig, mesh: jax.sharding.Mesh, folder: epath.Path, steps: List[int], step: int
                 ) -> Tuple[Any, str]:
-  """Parameters as close to those before the step as are kept, and whose they are."""
+  """`model.variables` as close to those before the step as are kept, and whose they are."""
   shapes = jax.eval_shape(lambda: init_params(run.model, run.train.seed))
   where = tree_shardings(shapes, mesh)
   earlier, later = [s for s in steps if s < step], [s for s in steps if s >= step]
   if not steps or (step == 1 and 0 not in steps and not run.checkpoint.initial_checkpoint_path):
     with jax.set_mesh(mesh):
       params = jax.jit(lambda: init_params(run.model, run.train.seed), out_shardings=where)()
-    return params, 'with the random parameters that a new run begins with'
+    return variables(params, init_state(run.model)), 'with the random parameters that a new run begins with'
   chosen = earlier[-1] if earlier else later[0]
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-  params = _read(chosen, lambda: checkpoints.read_item(folder / str(chosen), 'params', run.model, template))
+  read = lambda item, template: _read(chosen, lambda: checkpoints.read_item(folder / str(chosen), item, run.model, template))
+  params = variables(read('params', template), read('router_state', state_template(run.model, mesh)))
   if chosen == step - 1:
     return params, f'with the parameters of checkpoint {chosen}, the very ones of this step'
   return params, (f'with the parameters of checkpoint {chosen}, the nearest that is kept (those of the step itself would '
@@ -117,10 +120,9 @@ def _describe_loss(run: RunConfig, params: Any, batch: Mapping[str, np.ndarray],
 
   @jax.jit
   def evaluate(params, rows, key):
-    key = key if model.dropout_rate else None
-    rngs = {} if key is None else {'dropout': key}
+    rngs = random_keys(key)
     _, metrics = loss_and_metrics(model, params, rows, True, key)
-    record = OpenMoE(model, record_routing=True).apply({'params': params}, rows, True, rngs=rngs, method='features')[2]
+    record = OpenMoE(model, record_routing=True).apply(params, rows, True, rngs=rngs, method='features')[2]
     return metrics_lib.to_sums(metrics), None if record is None else record.assignment
 
   step_key = jax.random.fold_in(jax.random.key(run.train.seed), step - 1)

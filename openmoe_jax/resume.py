@@ -202,9 +202,11 @@ def warm_start(run: RunConfig, template: Any, initialise: Callable[[], Any]) -> 
   """
   settings = run.checkpoint
   directory = checkpoints.resolve(settings.initial_checkpoint_path)
-  items = layout.ITEMS if settings.restore == 'full' else ('params',)
   try:
     progress = checkpoints.read_progress(directory)
+    items = layout.ITEMS if settings.restore == 'full' else ('params',)
+    if template.router_state and progress['checksums'].get('router_state'):
+      items = tuple(dict.fromkeys((*items, 'router_state')))  # a part of what the parameters compute
     read = {item: checkpoints.read_item(directory, item, run.model, getattr(template, item), progress)
             for item in items}
   except ConfigError:
@@ -217,7 +219,8 @@ def warm_start(run: RunConfig, template: Any, initialise: Callable[[], Any]) -> 
   if settings.reset_step:
     # Schedules and running averages begin again too.
     state = state.replace(opt_state=jax.jit(lambda s: with_count(s, 0), donate_argnums=0)(state.opt_state))
-  what = 'parameters, optimizer and router state' if settings.restore == 'full' else 'parameters'
+  what = 'parameters, optimizer and router state' if settings.restore == 'full' else ' and '.join(
+      {'params': 'parameters', 'router_state': 'router state'}[item] for item in items)
   scalar = jax.device_put(np.asarray(step, np.int32), template.step.sharding)
   return state.replace(step=scalar), f'warm start: {what} of {directory}; beginning at step {step}'
 

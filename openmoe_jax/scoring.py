@@ -10,7 +10,7 @@ import numpy as np
 
 from openmoe_jax import decoding
 from openmoe_jax.config import CAPACITY_MODES, ModelConfig, require
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.partitioning import constrain, num_shards
 from openmoe_jax.sampling import argmax
 
@@ -81,7 +81,7 @@ def run(config: ModelConfig, most: int, params: Any, tokens: jax.Array, prefix: 
   batch = {'decoder_input_tokens': jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens}
   if config.inputs_bidirectional_attention:
     batch['decoder_causal_attention'] = jnp.arange(tokens.shape[1]) <= prefix[:, None]
-  hidden, kernel, _ = OpenMoE(config).apply({'params': params}, batch, False, method='features')
+  hidden, kernel, _ = OpenMoE(config).apply(variables(params), batch, False, method='features')
   # Only the targets' positions meet the output matrix, which for short answers is most of the work saved.
   at = jnp.minimum(prefix[:, None] + jnp.arange(most), tokens.shape[1] - 1)
   hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)

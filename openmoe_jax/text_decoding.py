@@ -92,7 +92,7 @@ class _Batch:
     self.prompts = [prompts[i] for i in numbers]
     eos_id = model.vocabulary.eos_id if eos_id == 'vocabulary' else eos_id
     self.generation = decoding.Generation(
-        model.config, model.params, ids, lengths, max_new_tokens, num_samples=num_samples,
+        model.config, model.variables, ids, lengths, max_new_tokens, num_samples=num_samples,
         row_ids=[row_ids[i] for i in numbers], eos_id=eos_id, **options)
     self.texts = [[''] * num_samples for _ in numbers]
     self.stopped = np.zeros((len(numbers), num_samples), bool)
@@ -215,7 +215,7 @@ def score_texts(model: Any, inputs: Sequence[str], targets: Sequence[str], *, ba
             f'{len(end)} tokens: more than the window of {window} positions')
   scores = TextScores(np.zeros(len(ends), np.float32), np.zeros(len(ends), np.int32), np.zeros(len(ends), bool))
   for numbers, ids, lengths in batches([p + e for p, e in zip(prefixes, ends)], batch_size):
-    got = scoring.score(model.config, model.params, ids, lengths, np.asarray([len(prefixes[i]) for i in numbers]),
+    got = scoring.score(model.config, model.variables, ids, lengths, np.asarray([len(prefixes[i]) for i in numbers]),
                         capacity_mode, mesh=mesh)
     for whole, part in zip(scores, got):
       whole[numbers] = part

@@ -147,10 +147,10 @@ def _suite(run: RunConfig) -> Any:
 
 
 def _evaluate_tasks(run: RunConfig, mesh: jax.sharding.Mesh, suite: Any, say: Callable[[str], None], step: int,
-                    params: Any) -> Dict[str, Dict[str, float]]:
-  """{task: figures} of the parameters after a step."""
+                    state: TrainState) -> Dict[str, Dict[str, float]]:
+  """{task: figures} of the model after a step."""
   from openmoe_jax.loading import Model
-  model = Model(run.model, params, step, to_dict(run), mesh)
+  model = Model(run.model, state.params, step, to_dict(run), mesh, state.router_state)
   figures = {}
   for name in suite.names:
     figures[name] = suite.evaluate(name, model, say=lambda text: None).figures

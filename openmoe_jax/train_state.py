@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.model import OpenMoE, variables
+from openmoe_jax.routers.state import init_state
 
 
 @flax.struct.dataclass
@@ -25,6 +26,11 @@ class TrainState:
   opt_state: Any
   router_state: Any
 
+  @property
+  def variables(self) -> Any:
+    """What evaluates the model: parameters and router state."""
+    return variables(self.params, self.router_state)
+
 
 def init_params(config: ModelConfig, seed: int) -> Any:
   """Random parameters with the distributions of SPEC 5; the same for every mesh and number of devices."""
@@ -36,9 +42,9 @@ def init_params(config: ModelConfig, seed: int) -> Any:
 def init_train_state(config: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
   """The state before the first step. It holds a copy of `params`: the training step donates its state, and the caller's
   arrays stay usable."""
-  del config  # routers with a state of their own will read it
   params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), router_state={})
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+                    router_state=init_state(config))
 
 
 def abstract_train_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:

@@ -11,8 +11,9 @@ from openmoe_jax import metrics as metrics_lib
 from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.losses import chunked_cross_entropy
 from openmoe_jax.metrics import Metrics
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.optimizers import global_norm
+from openmoe_jax.routers import state as router_state_lib
 from openmoe_jax.train_state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -25,14 +26,21 @@ def target_weights(batch: Batch) -> jax.Array:
   return (jnp.asarray(batch['decoder_target_tokens']) > 0).astype(jnp.float32)
 
 
+def random_keys(dropout_key: Optional[jax.Array]) -> dict:
+  """The keys of `OpenMoE.apply` that follow from one key: of dropout, and of what routers draw. {} without a key."""
+  return {} if dropout_key is None else {'dropout': dropout_key, 'router': jax.random.fold_in(dropout_key, 1)}
+
+
 def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool = True,
-                     dropout_key: Optional[jax.Array] = None) -> Tuple[jax.Array, Metrics]:
+                     dropout_key: Optional[jax.Array] = None, router_state: Optional[Any] = None
+                     ) -> Tuple[jax.Array, Metrics]:
   """Total loss (SPEC 3) and metrics of one batch of [B, L] arrays.
 
   Args:
-    params: in the layout of `config.scan_blocks`.
-    train: capacity factor and dropout of training.
-    dropout_key: needed if `train` and `config.dropout_rate` > 0.
+    params: in the layout of `config.scan_blocks`; or what `model.variables` gives of them and a router state.
+    train: capacity factor, dropout and routers' noise of training.
+    dropout_key: needed if `train` and there is dropout, or a router that draws.
+    router_state: of routers that have one, see `routers.state`.
 
   Returns:
     float32 []: sum_t w_t (CE_t + z_loss * logZ_t^2) / sum_t w_t + aux_loss_factor * mean over layers of the
@@ -42,8 +50,8 @@ def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool
   Raises:
     ConfigError: parameters or a batch that do not fit, or no key for dropout.
   """
-  rngs = {} if dropout_key is None else {'dropout': dropout_key}
-  hidden, kernel, record = OpenMoE(config).apply({'params': params}, batch, train, rngs=rngs, method='features')
+  hidden, kernel, record = OpenMoE(config).apply(variables(params, router_state), batch, train,
+                                                 rngs=random_keys(dropout_key), method='features')
   weights = target_weights(batch)
   sums = chunked_cross_entropy(
       hidden, kernel, jnp.asarray(batch['decoder_target_tokens']), weights, z_loss=config.z_loss,
@@ -80,13 +88,13 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
   return {name: split(name, jnp.asarray(x)) for name, x in batch.items()}
 
 
-def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optional[jax.Array] = None
-              ) -> Tuple[Any, Metrics]:
+def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optional[jax.Array] = None,
+              router_state: Optional[Any] = None) -> Tuple[Any, Metrics]:
   """Mean gradient and metrics over microbatches [m, rows, L], weighted by their target tokens (SPEC 15.2).
 
   With `loss_normalization` 'sum' gradients and `loss` add up, as the token losses do.
   """
-  grad_fn = jax.value_and_grad(lambda *args: loss_and_metrics(config, *args), has_aux=True)
+  grad_fn = jax.value_and_grad(lambda *args: loss_and_metrics(config, *args, router_state), has_aux=True)
   count = jax.tree.leaves(batch)[0].shape[0]
   key = lambda i: None if dropout_key is None else jax.random.fold_in(dropout_key, i)
   if count == 1:
@@ -120,7 +128,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
   Args:
     num_microbatches: gradients are accumulated over this many; routing groups are formed within one.
     mesh: devices; state and batch are expected to be sharded over it already. Without one, a single device.
-    seed: of dropout; the key of a step follows from it and the step counter, so a resumed run drops the same.
+    seed: of dropout and of what routers draw; the key of a step follows from it and the step counter, so a resumed run
+      draws the same.
     schedule: step -> learning rate, only to report it.
 
   Returns:
@@ -129,21 +138,24 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
   """
   def step(state: TrainState, batch: Batch):
     batch = split_microbatches(batch, num_microbatches)
-    key = jax.random.fold_in(jax.random.key(seed), state.step) if config.dropout_rate else None
-    grads, metrics = gradients(config, state.params, batch, key)
+    draws = config.dropout_rate or config.router_draws
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
+    grads, metrics = gradients(config, state.params, batch, key, state.router_state)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics['grad_norm'] = global_norm(grads)
     metrics['param_norm'] = global_norm(state.params)
     if schedule is not None:
       metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
-    new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+                        router_state=router_state_lib.update_state(config, state.router_state, metrics))
     return new, metrics
 
   return _under_mesh(jax.jit(step, donate_argnums=0), mesh)
 
 
 def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Callable[[Any, Batch], Metrics]:
-  """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation.
+  """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation;
+  `params` as for `loss_and_metrics`.
 
   What is reported is the data's own cross-entropy per token, whatever the training loss makes of it: without label
   smoothing, and not as a sum.

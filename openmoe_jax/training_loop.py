@@ -29,7 +29,7 @@ class TrainingLoop:
     streams: iterator of host batches with `state()`, the position after the batches handed out.
     to_global: host batch -> sharded global arrays.
     evaluator, writers, checkpointer, progress: where results go.
-    tasks: (step, params) -> {task: figures}, called every `run.eval.period` steps and at the end; None: no tasks.
+    tasks: (step, state) -> {task: figures}, called every `run.eval.period` steps and at the end; None: no tasks.
   """
 
   def __init__(self, run: RunConfig, train_step: Callable, streams: Any, to_global: Callable, evaluator: Evaluator,
@@ -159,7 +159,7 @@ class TrainingLoop:
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     try:
-      evaluation = self._evaluator(state.params)
+      evaluation = self._evaluator(state.variables)
     except Exception:
       self._save(step, state, wait=True)  # the steps since the last checkpoint are not lost with it
       raise
@@ -170,7 +170,7 @@ class TrainingLoop:
 
   def _evaluate_tasks(self, step: int, state: TrainState) -> None:
     try:
-      figures = self._tasks(step, state.params)
+      figures = self._tasks(step, state)
     except Exception:
       self._save(step, state, wait=True)
       raise

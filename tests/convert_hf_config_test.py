@@ -233,6 +233,12 @@ def test_what_cannot_be_exported():
     assert to_hf_config(changed, 'float32')[name] is True, 'without a limit of slots it changes nothing'
     with pytest.raises(ConfigError, match=f"ModelConfig.{name} = True cannot be exported with capacity_mode = 't5x'"):
       to_hf_config(changed, 'float32', capacity_mode='t5x')
+  for changes, message in ((dict(router='sigmoid'), "ModelConfig.router = 'sigmoid' cannot be exported"),
+                           (dict(normalize_gates=True), 'ModelConfig.normalize_gates = True cannot be exported'),
+                           (dict(priority='random'), "ModelConfig.priority = 'random' and capacity_times_k = False")):
+    with pytest.raises(ConfigError, match=message):
+      to_hf_config(model.replace(**changes), 'float32', capacity_mode='t5x')
+  to_hf_config(model.replace(priority='random', capacity_times_k=True), 'float32')
   with pytest.raises(ConfigError, match="capacity_mode = 'some' is not known"):
     to_hf_config(model, 'float32', capacity_mode='some')
   with pytest.raises(ConfigError, match="dtype = 'int8' is not known"):

@@ -140,7 +140,7 @@ def test_an_eos_within_the_prompt_ends_nothing(monkeypatch):
   tokenizer = model().vocabulary
   encode = lambda text: [i for n, part in enumerate(text.split('</s>')) for i in [1] * (n > 0) + tokenizer.encode(part)]
   known = types.SimpleNamespace(encode=encode, eos_id=1, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.tokenizer)
-  fake = types.SimpleNamespace(config=model().config, params=None, vocabulary=known)
+  fake = types.SimpleNamespace(config=model().config, variables=None, vocabulary=known)
   script = [int(i) for i in tokenizer.encode('f()') + [1] + tokenizer.encode('g()')]
   monkeypatch.setattr(decoding, 'Generation', Scripted([script]))
   assert text_decoding.generate_texts(fake, ['x</s>y ='], 50, eos_id=None) == ['f()']
@@ -150,7 +150,7 @@ def test_eos_is_the_vocabularys():
   free = decoding.generate(model().config, model().params, [model().vocabulary.encode('x')], [1], 20, eos_id=None)
   with_eos = types.SimpleNamespace(encode=model().vocabulary.encode, eos_id=int(free.tokens[0, 4]),
                                    vocab_size=8492, tokenizer=model().vocabulary.tokenizer)
-  fake = types.SimpleNamespace(config=model().config, params=model().params, vocabulary=with_eos)
+  fake = types.SimpleNamespace(config=model().config, variables=model().variables, vocabulary=with_eos)
   text, = text_decoding.generate_texts(fake, ['x'], 20)
   end = free.tokens[0].tolist().index(with_eos.eos_id)
   assert text == text_decoding.decode(model(), model().vocabulary.encode('x') + free.tokens[0, :end].tolist())[1:]
@@ -187,7 +187,7 @@ def test_mistakes_are_named(call, message):
 
 
 def test_another_vocabulary_is_noticed():
-  small = types.SimpleNamespace(config=model().config.replace(vocab_size=128), params=None,
+  small = types.SimpleNamespace(config=model().config.replace(vocab_size=128), variables=None,
                                 vocabulary=vocabulary.get())
   with pytest.raises(ConfigError, match='this is not the vocabulary it was trained with'):
     text_decoding.generate_texts(small, ['def main('], 3)

@@ -46,7 +46,7 @@ def study(model: Any, mixture: str = '', batches: Optional[int] = None, tfds_dat
   evaluator = Evaluator(dataclasses.replace(run, model=config, data=data), mesh, make_eval_step(config, mesh=mesh))
   rows = {}
   small = quantization.quantize_model(model)
-  for name, params in (('float32', model.params), ('int8', small.params)):
+  for name, params in (('float32', model.variables), ('int8', small.variables)):
     figures = {'bytes': _bytes(params), 'kernel_bytes': _bytes(params, kernels=True)}
     for source, record in evaluator(params).items():
       figures[f'{source} loss'] = record['loss']

@@ -95,6 +95,11 @@ def to_hf_config(model: ModelConfig, dtype: str, capacity_mode: str = 'none',
           "the router 'top_k' only")
   require(not model.inputs_bidirectional_attention, 'ModelConfig.inputs_bidirectional_attention = True cannot be '
           'exported: attention of the PyTorch model is causal')
+  require(not model.normalize_gates, 'ModelConfig.normalize_gates = True cannot be exported: gates of the PyTorch model '
+          'are probabilities')
+  require(capacity_mode == 'none' or (model.priority == 'position' and not model.capacity_times_k),
+          f'ModelConfig.priority = {model.priority!r} and capacity_times_k = {model.capacity_times_k} cannot be exported '
+          f"with capacity_mode = {capacity_mode!r}; 'none' can")
   for name in ('batch_prioritized', 'ignore_padding_tokens'):
     # They choose who gets the slots of a full expert; an expert without a limit gives everybody one.
     require(not getattr(model, name) or capacity_mode == 'none', f'ModelConfig.{name} = True cannot be exported with '

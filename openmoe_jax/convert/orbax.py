@@ -69,6 +69,8 @@ class OrbaxSource(Source):
     self.model = checkpoints.read_model_config(directory)
     self.step = progress['step']
     self._sums = progress['checksums']
+    require('router_state' not in self._sums, f'{directory} holds a router_state (ModelConfig.router = '
+            f'{self.model.router!r}), which no conversion carries over')
     self.checksums = 'they have the checksums that they were written with'
     self.fingerprint = {'step': self.step, 'checksums': self._sums}
     items = ['params']

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from openmoe_jax.dispatch import sort
 from openmoe_jax.layers import gate
 from openmoe_jax.partitioning import BATCH_AXES
-from openmoe_jax.routers.top_k import queue_positions
+from openmoe_jax.routers.slots import queue_positions
 from openmoe_jax.routers.types import TokenAssignment
 
 MOST_ROWS = 128  # of a block: enough that copying an expert's kernels for it costs little beside the products

@@ -1,12 +1,13 @@
 """Routers: pure functions from router logits to an assignment of tokens to expert slots, one file each."""
 
 from openmoe_jax.config import ROUTERS
-from openmoe_jax.routers import top_k
+from openmoe_jax.routers import sigmoid, switch, top_k
+from openmoe_jax.routers.types import NO_CONTEXT
 
-_ROUTERS = {'top_k': top_k.route}
+_ROUTERS = {'top_k': top_k.route, 'switch': switch.route, 'sigmoid': sigmoid.route}
 assert set(_ROUTERS) == set(ROUTERS)
 
 
-def route(config, logits, is_token, capacity):
+def route(config, logits, is_token, capacity, context=NO_CONTEXT):
   """Calls the router that `config.router` names; see `top_k.route` for the signature."""
-  return _ROUTERS[config.router](config, logits, is_token, capacity)
+  return _ROUTERS[config.router](config, logits, is_token, capacity, context)

@@ -42,8 +42,8 @@ def _count_groups(num_tokens: int, max_group_size: int, multiple: int) -> int:
 def expert_capacity(config: ModelConfig, group_size: int, train: bool) -> int:
   """Slots of one expert in one group.
 
-  't5x': round(factor * tokens / E) half to even, at least `min_expert_capacity`; not multiplied by the number of
-  choices. 'none': as many as there are tokens, the most that one expert can be asked for. 'colossalai':
+  't5x': round(factor * tokens / E) half to even, at least `min_expert_capacity`; the factor is multiplied by the number
+  of choices only if `capacity_times_k`. 'none': as many as there are tokens, the most that one expert can be asked for. 'colossalai':
   floor(S * factor * tokens / E), made even by adding one, at least `min_expert_capacity`.
   """
   factor = config.train_capacity_factor if train else config.eval_capacity_factor
@@ -53,7 +53,8 @@ def expert_capacity(config: ModelConfig, group_size: int, train: bool) -> int:
     capacity = math.floor(config.num_selected_experts * factor * group_size / config.num_experts)
     capacity += capacity % 2
   else:
-    capacity = int(round(factor * group_size / config.num_experts))
+    choices = config.num_selected_experts if config.capacity_times_k else 1
+    capacity = int(round(choices * factor * group_size / config.num_experts))
   return max(capacity, config.min_expert_capacity)
 
 

@@ -3,7 +3,7 @@
 Shapes: G groups, T tokens per group, S selected experts per token, E experts, C slots per expert and group.
 """
 
-from typing import NamedTuple
+from typing import Dict, NamedTuple, Optional, Union
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,36 @@ class SlotAssignment(NamedTuple):
   gate: jax.Array
 
 
+class RouterContext(NamedTuple):
+  """What some routers look at besides their logits; each is None where the layer does not have it.
+
+  Attributes:
+    token_ids: int32 [G, T], the input tokens; 0 for padding.
+    more_logits: float32 [G, T, *], product with the router's second kernel.
+    state: this layer's arrays of the router state, see `openmoe_jax.routers.state`.
+    key: random key, in training; without one nothing is drawn.
+  """
+  token_ids: Optional[jax.Array] = None
+  more_logits: Optional[jax.Array] = None
+  state: Optional[Dict[str, jax.Array]] = None
+  key: Optional[jax.Array] = None
+
+
+NO_CONTEXT = RouterContext()
+
+
 class RouterOutput(NamedTuple):
   """An assignment and what is learnt and logged about it.
 
   Attributes:
-    assignment: TokenAssignment.
-    auxiliary_loss: float32 [], load-balance loss (SPEC 2.9), unscaled; S when perfectly balanced.
+    assignment: TokenAssignment, or SlotAssignment of routers in which experts choose.
+    auxiliary_loss: float32 [], the router's own balancing loss, unscaled; of those with the load-balance loss of SPEC
+      2.9, S when perfectly balanced; 0 of routers that have none.
     router_z_loss: float32 [], unscaled.
     fraction_tokens_left_behind, expert_usage, router_confidence: float32 [] (SPEC 2.10).
     expert_load: float32 [E], share of all choices that asked for each expert, times E: mean 1, before capacity.
   """
-  assignment: TokenAssignment
+  assignment: Union[TokenAssignment, SlotAssignment]
   auxiliary_loss: jax.Array
   router_z_loss: jax.Array
   fraction_tokens_left_behind: jax.Array

@@ -79,7 +79,7 @@ class Answerer:
     results: List[List[Answer]] = [[] for _ in rows]
     for numbers, ids, lengths in text_decoding.batches(rows, max(settings.batch_size // samples, 1)):
       generation = decoding.Generation(
-          model.config, model.params, ids, lengths, most, *sampling, settings.seed, settings.capacity_mode,
+          model.config, model.variables, ids, lengths, most, *sampling, settings.seed, settings.capacity_mode,
           num_samples=samples, eos_id=model.vocabulary.eos_id, window=self.window, row_ids=numbers, mesh=model.mesh)
       while generation.running and generation.count < most:
         generation.advance(CHUNK if finished else most)
@@ -116,7 +116,7 @@ class Answerer:
     log_probs, greedy = np.zeros(len(starts), np.float32), np.zeros(len(starts), bool)
     rows = [[*start, *target] for start, target in zip(starts, targets)]
     for numbers, ids, lengths in text_decoding.batches(rows, settings.batch_size):
-      got = scoring.score(model.config, model.params, ids, lengths, np.asarray([len(starts[i]) for i in numbers]),
+      got = scoring.score(model.config, model.variables, ids, lengths, np.asarray([len(starts[i]) for i in numbers]),
                           settings.capacity_mode, mesh=model.mesh)
       log_probs[numbers], greedy[numbers] = got.log_probs, got.greedy
       self._advance(len(numbers))

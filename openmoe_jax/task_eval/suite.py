@@ -119,7 +119,7 @@ def _perplexity(settings: EvalConfig, data: DataConfig, mixture: str, model: Any
     mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
   run = dataclasses.replace(from_dict(RunConfig, model.run), model=config,
                             data=dataclasses.replace(data, eval_mixture_or_task=mixture))
-  records = Evaluator(run, mesh, make_eval_step(config, mesh=mesh))(model.params)
+  records = Evaluator(run, mesh, make_eval_step(config, mesh=mesh))(model.variables)
   record = records[mixture] if mixture in records else next(iter(records.values()))  # a mixture of one task
   return {'perplexity': record['perplexity'], 'loss': record['loss'], 'accuracy': 100 * record['accuracy'],
           'num_target_tokens': record['num_target_tokens']}

@@ -1,0 +1,206 @@
+"""Routers and options besides the default, by hand and against slow references."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openmoe_jax import routers
+from openmoe_jax.config import ConfigError, ModelConfig
+from openmoe_jax.routers import groups as groups_lib
+from openmoe_jax.routers import sigmoid, switch
+from openmoe_jax.routers.types import RouterContext
+from tests import router_variants_reference as reference, routing_reference
+from tests.quick_jit import jit
+
+GROUPS, TOKENS, EXPERTS = 2, 12, 4
+
+
+def model(**changes) -> ModelConfig:
+  values = dict(vocab_size=40, emb_dim=4, mlp_dim=4, num_heads=1, head_dim=2, num_layers=1, num_experts=EXPERTS)
+  return ModelConfig(**{**values, **changes})
+
+
+@functools.partial(jit, static_argnames=('config', 'capacity'))
+def run(config, logits, is_token, capacity, context):
+  return routers.route(config, logits, is_token, capacity, context)
+
+
+def route(config, logits, capacity, is_token=None, **context):
+  logits = np.asarray(logits, np.float32)
+  is_token = np.ones(logits.shape[:2], bool) if is_token is None else is_token
+  return jax.tree.map(np.asarray, run(config, logits, is_token, capacity, RouterContext(**context)))
+
+
+def random_logits(seed, scale=2.):
+  return (scale * np.random.RandomState(seed).randn(GROUPS, TOKENS, EXPERTS)).astype(np.float32)
+
+
+def check(got, wants, gate, orders, capacity):
+  slot, kept = reference.serve(wants, orders, capacity, EXPERTS)
+  asked = slot >= 0
+  np.testing.assert_array_equal(got.assignment.kept, kept)
+  np.testing.assert_array_equal(got.assignment.expert_index[asked], np.array(wants)[asked])
+  np.testing.assert_array_equal(got.assignment.slot[asked], slot[asked])
+  np.testing.assert_allclose(got.assignment.gate, gate * kept, rtol=3e-6, atol=1e-7)
+  np.testing.assert_allclose(got.expert_usage, kept.sum() / (EXPERTS * capacity * GROUPS), rtol=1e-6)
+  np.testing.assert_allclose(got.router_confidence, (gate * kept).sum() / kept.sum(), rtol=1e-6)
+  load = np.array([(np.array(wants)[asked] == e).sum() for e in range(EXPERTS)])
+  np.testing.assert_allclose(got.expert_load, load * EXPERTS / load.sum(), rtol=1e-6)
+
+
+POSITIONS = [list(range(TOKENS))] * GROUPS
+
+
+# Switch.
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_switch(seed):
+  logits = random_logits(seed)
+  got = route(model(router='switch', num_selected_experts=1), logits, 3)
+  probs = routing_reference.softmax(logits.astype(np.float64))
+  wants = reference.chosen(probs, 1)
+  check(got, wants, reference.pick(probs, wants), POSITIONS, 3)
+  np.testing.assert_allclose(got.auxiliary_loss, reference.balance(probs, wants), rtol=3e-6)
+
+
+def test_switch_is_top_k_with_one_choice():
+  logits = random_logits(5)
+  logits[0, :4] = 0.  # ties go to expert 0
+  is_token = logits.any(axis=-1)
+  for ignore in (False, True):
+    options = dict(num_selected_experts=1, ignore_padding_tokens=ignore)
+    a, b = (route(model(router=name, **options), logits, 3, is_token) for name in ('switch', 'top_k'))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+def test_jitter_stays_within_its_bounds():
+  x = jnp.linspace(-2., 2., 500).reshape(1, 100, 5)
+  got = np.asarray(switch.jitter(x, 0.1, jax.random.key(0)) / x)
+  assert 0.9 <= got.min() < 0.92 and 1.08 < got.max() <= 1.1
+  assert abs(got.mean() - 1) < 0.01
+  assert (np.asarray(switch.jitter(x, 0.1, jax.random.key(1)) / x) != got).mean() > 0.9
+
+
+# Sigmoid gates with loss-free balancing.
+
+
+@pytest.mark.parametrize('seed, ignore, normalize', ((0, False, False), (1, True, True), (2, False, True)))
+def test_sigmoid(seed, ignore, normalize):
+  rng = np.random.RandomState(seed)
+  logits, bias = random_logits(seed), (0.3 * rng.randn(EXPERTS)).astype(np.float32)
+  is_token = rng.rand(GROUPS, TOKENS) < 0.8
+  logits *= is_token[..., None]
+  config = model(router='sigmoid', ignore_padding_tokens=ignore, normalize_gates=normalize)
+  got = route(config, logits, 3, is_token, state={'bias': bias})
+  affinity = reference.sigmoid(logits)
+  wants = reference.chosen(affinity + bias, 2)
+  gate = reference.pick(affinity, wants)
+  gate = gate / gate.sum(axis=-1, keepdims=True) if normalize else gate
+  orders = [[t for t in range(TOKENS) if is_token[g, t] or not ignore] for g in range(GROUPS)]
+  check(got, wants, gate, orders, 3)
+  shares = affinity / affinity.sum(axis=-1, keepdims=True)
+  np.testing.assert_allclose(got.auxiliary_loss, reference.balance(shares, wants, is_token if ignore else None),
+                             rtol=3e-6)
+
+
+def test_bias_chooses_but_is_not_in_the_gate():
+  """Two experts at affinity 1/2 and a third at sigmoid(-1): a bias of 1 brings it to the front, with its own gate."""
+  logits = [[[0., 0., -1., -5.]]]
+  config = model(router='sigmoid')
+  plain = route(config, logits, 4, state={'bias': np.zeros(4, np.float32)})
+  biased = route(config, logits, 4, state={'bias': np.array([0, 0, 1, 0], np.float32)})
+  assert plain.assignment.expert_index.tolist() == [[[0, 1]]]
+  assert biased.assignment.expert_index.tolist() == [[[2, 0]]]
+  np.testing.assert_allclose(biased.assignment.gate, [[[1 / (1 + np.e), 0.5]]], rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_bias():
+  config = model(router='sigmoid')
+  def total(bias, logits):
+    got = routers.route(config, logits, jnp.ones(logits.shape[:2], bool), 3, RouterContext(state={'bias': bias}))
+    return jnp.sum(got.assignment.gate) + got.auxiliary_loss + got.router_z_loss
+  by_bias, by_logits = jit(jax.grad(total, argnums=(0, 1)))(jnp.zeros(EXPERTS), jnp.asarray(random_logits(3)))
+  assert not np.asarray(by_bias).any() and np.asarray(by_logits).all()
+
+
+def test_update_of_the_bias_by_hand():
+  bias = np.array([[0.1, 0., -0.1, 0.]], np.float32)
+  got = sigmoid.update_bias(bias, np.array([[2., 0.5, 1., 0.5]], np.float32), 0.01)
+  np.testing.assert_allclose(got, [[0.09, 0.01, -0.1, 0.01]], rtol=1e-6)
+
+
+def test_bias_balances_experts_that_all_tokens_prefer():
+  """All tokens prefer expert 0 by a little; after enough updates all experts are asked for about equally often."""
+  config = model(router='sigmoid', num_selected_experts=1)
+  logits = random_logits(7, 0.5) + np.array([1., 0, 0, 0], np.float32)
+  bias = np.zeros(EXPERTS, np.float32)
+  first = route(config, logits, TOKENS, state={'bias': bias}).expert_load
+  for _ in range(60):
+    load = route(config, logits, TOKENS, state={'bias': bias}).expert_load
+    bias = np.asarray(sigmoid.update_bias(bias, load, 0.01))
+  assert first.max() > 2.5 and load.max() < 1.7 and load.min() > 0.4
+
+
+# Options of all routers in which tokens choose.
+
+
+@pytest.mark.parametrize('priority', ('reversed', 'random'))
+@pytest.mark.parametrize('ignore', (False, True))
+def test_priority(priority, ignore):
+  logits, key = random_logits(8), jax.random.key(3)
+  is_token = np.arange(TOKENS) % 5 != 4
+  logits[:, ~is_token] = 0
+  is_token = np.broadcast_to(is_token, (GROUPS, TOKENS))
+  got = route(model(priority=priority, ignore_padding_tokens=ignore), logits, 2, is_token, key=key)
+  orders = [list(range(TOKENS))[::-1]] * GROUPS
+  if priority == 'random':
+    orders = np.argsort(jax.random.uniform(key, (GROUPS, TOKENS)), axis=1).tolist()
+    assert orders[0] != orders[1]
+  orders = [[t for t in order if is_token[0, t] or not ignore] for order in orders]
+  probs = routing_reference.softmax(logits.astype(np.float64))
+  wants = reference.chosen(probs, 2)
+  check(got, wants, reference.pick(probs, wants), orders, 2)
+
+
+def test_random_order_differs_in_training_and_not_in_evaluation():
+  logits = np.tile(np.float32([3, 2, 0, 0]), (GROUPS, TOKENS, 1))  # all want the same: the order decides
+  config = model(priority='random')
+  a, b = (route(config, logits, 3, key=jax.random.key(seed)).assignment.kept for seed in (1, 2))
+  c, d = (route(config, logits, 3).assignment.kept for _ in range(2))
+  assert (a != b).any() and (c == d).all()
+  assert a.sum() == b.sum() == c.sum() == 2 * 3 * GROUPS
+
+
+def test_normalized_gates_count_dropped_choices_too():
+  """Both tokens ask for expert 0 and then for different ones; the second token's first choice finds no slot."""
+  logits = np.log(np.float32([[[4, 1, 2, 1], [6, 1, 1, 2]]]))
+  got = route(model(normalize_gates=True), logits, 1).assignment
+  np.testing.assert_allclose(got.gate, [[[4 / 6, 2 / 6], [0., 2 / 8]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('selected', (1, 2, 3))
+def test_capacity_times_k(selected):
+  config = model(num_experts=8, num_selected_experts=selected, capacity_times_k=True, min_expert_capacity=1)
+  for tokens in (16, 40, 100):
+    want = routing_reference.half_to_even(routing_reference.fractions.Fraction(5, 4) * selected * tokens / 8)
+    assert groups_lib.expert_capacity(config, tokens, True) == want
+
+
+@pytest.mark.parametrize('changes, message', (
+    (dict(router='switch'), "router = 'switch' needs num_selected_experts = 1, not 2"),
+    (dict(router='swich'), "router = 'swich' is not known; valid: 'top_k', 'switch'"),
+    (dict(priority='first'), "priority = 'first' is not known; valid: 'position', 'reversed', 'random'"),
+    (dict(priority='random', batch_prioritized=True), "needs priority = 'position', not 'random'"),
+    (dict(normalize_gates=True, num_selected_experts=1), 'normalize_gates = True needs num_selected_experts of at least 2'),
+    (dict(normalize_gates=True, router='switch', num_selected_experts=1), "normalize_gates = True is not for router ="),
+    (dict(capacity_times_k=True, capacity_mode='colossalai'), 'multiplied by num_selected_experts already'),
+    (dict(router_jitter=1.), 'router_jitter = 1.0 must be below 1'),
+    (dict(bias_update_rate=-1.), 'bias_update_rate = -1.0 must be a number that is not negative')))
+def test_settings_that_cannot_work(changes, message):
+  with pytest.raises(ConfigError) as error:
+    model(**changes)
+  assert message in str(error.value) and '\n' not in str(error.value)
