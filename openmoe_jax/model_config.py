@@ -1,14 +1,14 @@
 """The settings of a model. Everybody else imports them from `openmoe_jax.config`."""
 
 import dataclasses
-from typing import Tuple
+from typing import Dict, Tuple
 
 from openmoe_jax.checks import integers, not_negative, one_of, require
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
 DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k', 'switch', 'sigmoid')
+ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k')
 PRIORITIES = ('position', 'reversed', 'random')
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
@@ -28,7 +28,8 @@ class ModelConfig:
     moe_interval: layer i is sparse iff i % moe_interval == moe_interval - 1; must divide num_layers. 1 for a dense model.
     num_experts: experts of a sparse layer (E); 0 makes every layer dense.
     num_selected_experts: experts each token asks for (S).
-    router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3); see docs/routing.md.
+    router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3),
+      'noisy_top_k' (Shazeer et al. 2017); see docs/routing.md.
     normalize_gates: a token's gates are divided by their sum over its choices, dropped ones included.
     bias_update_rate: of the router 'sigmoid': how much an expert's bias moves after a step, towards equal loads.
     router_jitter: in training the router's input is multiplied by noise between 1 - router_jitter and 1 + router_jitter.
@@ -156,6 +157,8 @@ class ModelConfig:
       return
     require(self.router != 'switch' or self.num_selected_experts == 1, "ModelConfig.router = 'switch' needs "
             f'num_selected_experts = 1, not {self.num_selected_experts}')
+    require(self.router != 'noisy_top_k' or self.num_selected_experts > 1, "ModelConfig.router = 'noisy_top_k' needs "
+            'num_selected_experts of at least 2: the gate of a single expert would always be 1')
     if self.normalize_gates:
       require(self.router in ('top_k', 'sigmoid'), f'ModelConfig.normalize_gates = True is not for router = '
               f"{self.router!r}; it is for 'top_k' and 'sigmoid'")
@@ -174,7 +177,14 @@ class ModelConfig:
   @property
   def router_draws(self) -> bool:
     """Whether routing in training needs a random key."""
-    return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random')
+    return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random' or
+                                       self.router == 'noisy_top_k')
+
+  @property
+  def router_kernels(self) -> Dict[str, int]:
+    """The router's kernels [D, width] in every sparse layer: name -> width."""
+    more = {'noise_weights': self.num_experts} if self.router == 'noisy_top_k' else {}
+    return {'router_weights': self.num_experts, **more}
 
   def is_sparse(self, layer: int) -> bool:
     """Whether 0-based decoder layer `layer` holds experts (SPEC 1.4)."""

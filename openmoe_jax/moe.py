@@ -32,26 +32,30 @@ class RoutingRecord(NamedTuple):
 
 
 class RouterWeights(nn.Module):
-  """Holds the router's kernel [D, E] under its T5X name."""
-  config: ModelConfig
+  """Holds one of the router's kernels [D, width] under its T5X name."""
+  shape: Tuple[int, int]
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    shape = (self.config.emb_dim, self.config.num_experts)
-    return Kernel(shape, nn.initializers.normal(0.02), name='w')()
+    return Kernel(self.shape, nn.initializers.normal(0.02), name='w')()
 
 
 class Router(nn.Module):
-  """Router logits in float32: [G, T, D] -> [G, T, E]. `key` is that of the jitter, where there is one."""
+  """Router logits in float32: [G, T, D] -> [G, T, E], and the product with the second kernel of routers that have one.
+
+  `key` is that of the jitter, where there is one.
+  """
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, key: Optional[jax.Array] = None) -> jax.Array:
+  def __call__(self, x: jax.Array, key: Optional[jax.Array] = None) -> Tuple[jax.Array, Optional[jax.Array]]:
     x = x.astype(jnp.float32)
     if key is not None and self.config.router_jitter:
       x = switch.jitter(x, self.config.router_jitter, key)
     # Accelerators would round the factors to 10 or 7 bits by default; next to nothing is saved, and decisions flip.
-    return jnp.matmul(x, RouterWeights(self.config, name='router_weights')(), precision='highest')
+    logits = [jnp.matmul(x, RouterWeights((x.shape[-1], width), name=name)(), precision='highest')
+              for name, width in self.config.router_kernels.items()]
+    return tuple(logits + [None])[:2]
 
 
 class Experts(nn.Module):
@@ -99,9 +103,9 @@ class MoE(nn.Module):
     x = constrain(x.reshape(grouping.num_groups, grouping.group_size, emb_dim), 'group', None, 'embed')
     token_ids = jnp.pad(token_ids, padding).reshape(x.shape[:2])
     jitter_key, key = jax.random.split(self.make_rng('router')) if train and config.router_draws else (None, None)
-    logits = Router(config, name='router')(x, jitter_key)
+    logits, more_logits = Router(config, name='router')(x, jitter_key)
     routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity,
-                           RouterContext(token_ids, None, state, key))
+                           RouterContext(token_ids, more_logits, state, key))
     experts = Experts(config, name='expert')
     if config.dispatch == 'dropless':
       y = experts(x, train, routed.assignment)

@@ -45,7 +45,8 @@ def t5x_shapes(config: ModelConfig) -> Dict[str, Shape]:
       shapes.update(feed_forward(f'{layer}/mlp'))
       continue
     shapes.update(feed_forward(f'{layer}/mlp/expert', experts))
-    shapes[f'{layer}/mlp/router/router_weights/w/kernel'] = (emb, experts)
+    for name, width in config.router_kernels.items():
+      shapes[f'{layer}/mlp/router/{name}/w/kernel'] = (emb, width)
     if config.extra_mlp:
       shapes.update(feed_forward(f'{layer}/extra_mlp'))
       if not config.parallel_moe:  # which reads what the experts read

@@ -53,6 +53,7 @@ _PARAM_AXES = {
     'expert/wi_1/kernel': ('expert', 'mlp_embed', 'expert_mlp'),
     'expert/wo/kernel': ('expert', 'expert_mlp', 'mlp_embed'),
     'router_weights/w/kernel': ('embed', 'unmodeled'),
+    'noise_weights/w/kernel': ('embed', 'unmodeled'),
 }
 
 STACKED = 'blocks'  # the sub-tree whose leaves carry a leading axis of blocks

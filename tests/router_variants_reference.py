@@ -1,5 +1,7 @@
 """The routers besides top-k as their papers put them, in plain Python and numpy, token by token."""
 
+import math
+
 import numpy as np
 
 from tests.routing_reference import softmax
@@ -67,3 +69,33 @@ def expert_choice(logits, capacity):
   token = np.array([[largest(group[:, e], capacity) for e in range(group.shape[1])] for group in probs])
   gate = np.array([[[probs[g, t, e] for t in token[g, e]] for e in range(probs.shape[2])] for g in range(len(probs))])
   return token, gate
+
+
+def noisy_top_k(logits, raw_scale, noise, selected):
+  """Shazeer et al. 2017, equations 3 to 11, token by token.
+
+  Args:
+    logits, raw_scale, noise: [G, T, E]: x W, x W_noise, and the normal numbers that were drawn.
+
+  Returns:
+    [G][T] lists of experts, gates [G, T, S], importance loss and load loss.
+  """
+  logits, noise = np.asarray(logits, np.float64), np.asarray(noise, np.float64)
+  scale = np.log1p(np.exp(np.asarray(raw_scale, np.float64))) + 0.01
+  h = logits + noise * scale
+  wants = chosen(h, selected)
+  gates = softmax(pick(h, wants))
+  experts = h.shape[2]
+  importance, load = np.zeros(experts), np.zeros(experts)
+  for g, group in enumerate(wants):
+    for t, token in enumerate(group):
+      for e, gate in zip(token, gates[g, t]):
+        importance[e] += gate
+      for i in range(experts):
+        others = sorted((h[g, t, e] for e in range(experts) if e != i), reverse=True)
+        load[i] += normal_cdf((logits[g, t, i] - others[selected - 1]) / scale[g, t, i])
+  return wants, gates, importance.var() / importance.mean() ** 2, load.var() / load.mean() ** 2
+
+
+def normal_cdf(x):
+  return (1 + math.erf(x / math.sqrt(2))) / 2

@@ -10,7 +10,7 @@ import pytest
 from openmoe_jax import routers
 from openmoe_jax.config import ConfigError, ModelConfig
 from openmoe_jax.routers import groups as groups_lib
-from openmoe_jax.routers import sigmoid, switch
+from openmoe_jax.routers import noisy_top_k, sigmoid, switch
 from openmoe_jax.routers.types import RouterContext
 from tests import router_variants_reference as reference, routing_reference
 from tests.quick_jit import jit
@@ -145,6 +145,53 @@ def test_bias_balances_experts_that_all_tokens_prefer():
   assert first.max() > 2.5 and load.max() < 1.7 and load.min() > 0.4
 
 
+# Noisy top-k gating.
+
+
+@pytest.mark.parametrize('noise', (True, False))
+def test_noisy_top_k(noise):
+  logits, raw, key = random_logits(11, 1.), random_logits(12, 1.), jax.random.key(5)
+  got = route(model(router='noisy_top_k'), logits, 3, more_logits=raw, key=key if noise else None)
+  drawn = np.asarray(jax.random.normal(jax.random.split(key)[0], logits.shape)) * noise
+  wants, gates, importance, load = reference.noisy_top_k(logits, raw, drawn, 2)
+  check(got, wants, gates, POSITIONS, 3)
+  np.testing.assert_allclose(gates.sum(axis=-1), 1.)
+  np.testing.assert_allclose(got.auxiliary_loss, importance + load, rtol=2e-5)
+
+
+def test_losses_of_noisy_top_k_by_hand():
+  given = np.float32([[[1., 0.], [0.5, 0.5], [1., 0.], [0.5, 0.5]]])  # 3 and 1: mean 2, variance 1
+  np.testing.assert_allclose(noisy_top_k.importance_loss(given), 1 / 4, rtol=1e-6)
+  np.testing.assert_allclose(noisy_top_k.load_loss(given[:, :0]), 0.)
+  # Of the logits 2, 1, 0 with noise of size 1 two are chosen; expert 1 stays if it exceeds 0, expert 2 must exceed 1.
+  top = np.float32([2., 1., 0.])
+  got = noisy_top_k.probability_of_choice(top, top, np.ones(3, np.float32), top)
+  np.testing.assert_allclose(got, [reference.normal_cdf(x) for x in (2., 1., -1.)], rtol=1e-5)
+
+
+def test_both_losses_of_noisy_top_k_push_at_the_favourite():
+  """All tokens prefer expert 0; the load loss reaches its logits although who is chosen is a decision."""
+  logits = jnp.asarray(random_logits(13, 0.1) + np.float32([1, 0, 0, 0]))
+  config, raw = model(router='noisy_top_k'), jnp.zeros_like(logits)
+  def loss(logits):
+    is_token = jnp.ones(logits.shape[:2], bool)
+    return routers.route(config, logits, is_token, 3, RouterContext(more_logits=raw)).auxiliary_loss
+  slope = np.asarray(jit(jax.grad(loss))(logits)).sum(axis=(0, 1))
+  assert slope[0] > 0 and slope[0] == slope.max()
+
+
+def test_padding_is_not_in_the_losses_of_noisy_top_k():
+  config = model(router='noisy_top_k', ignore_padding_tokens=True)
+  logits, raw = random_logits(14), random_logits(15)
+  is_token = np.ones((GROUPS, TOKENS), bool)
+  is_token[:, 8:] = False
+  logits[:, 8:] = 0
+  got = route(config, logits, 3, is_token, more_logits=raw)
+  _, _, importance, load = reference.noisy_top_k(logits[:, :8], raw[:, :8], np.zeros((GROUPS, 8, EXPERTS)), 2)
+  np.testing.assert_allclose(got.auxiliary_loss, importance + load, rtol=2e-5)
+  assert not got.assignment.kept[:, 8:].any()
+
+
 # Options of all routers in which tokens choose.
 
 
@@ -192,6 +239,7 @@ def test_capacity_times_k(selected):
 
 @pytest.mark.parametrize('changes, message', (
     (dict(router='switch'), "router = 'switch' needs num_selected_experts = 1, not 2"),
+    (dict(router='noisy_top_k', num_selected_experts=1), "router = 'noisy_top_k' needs num_selected_experts of at least 2"),
     (dict(router='swich'), "router = 'swich' is not known; valid: 'top_k', 'switch'"),
     (dict(priority='first'), "priority = 'first' is not known; valid: 'position', 'reversed', 'random'"),
     (dict(priority='random', batch_prioritized=True), "needs priority = 'position', not 'random'"),

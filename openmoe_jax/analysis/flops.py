@@ -82,7 +82,7 @@ def _forward(config: ModelConfig, keys: float, slots: float) -> Dict[str, float]
       'feed-forward': dense * feed_forward_flops(config),
       'extra feed-forward': sparse * feed_forward_flops(config) if config.extra_mlp else 0,
       'experts': sparse * slots * feed_forward_flops(config),
-      'router': sparse * 2 * config.emb_dim * config.num_experts,
+      'router': sparse * 2 * config.emb_dim * sum(config.router_kernels.values()),
       'output matrix': 2 * config.emb_dim * config.vocab_size,
   }
   return {part: float(flops) for part, flops in parts.items() if flops}
