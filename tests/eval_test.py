@@ -166,7 +166,7 @@ def bigbench(tmp_path_factory):
 def test_bigbench_lite(model, folder, bigbench):
   given = settings(folder, tasks=('bigbench_lite',), bigbench_data=str(bigbench), shots=1)
   tasks = bigbench_lite.read(given)
-  assert bigbench_lite.count(tasks, given) == 96
+  assert bigbench_lite.count(tasks, given) == 2 * 4 + 22 * 4 * 2
   found = bigbench_lite.evaluate(tasks, Answerer(model, given))
   assert set(found['figures']) == {'normalised', *lite.TASKS} and len(found['predictions']) == 96
   choice = next(p for p in found['predictions'] if 'choices' in p)

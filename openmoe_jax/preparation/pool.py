@@ -9,7 +9,7 @@ import threading
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 from openmoe_jax.config import ConfigError
-from openmoe_jax.convert.bar import Bar
+from openmoe_jax.bar import Bar
 from openmoe_jax.preparation import pieces
 from openmoe_jax.preparation.pieces import Shard
 from openmoe_jax.preparation.plan import Plan

@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from openmoe_jax.bigbench import lite, requests
+from openmoe_jax.bigbench import lite, prompting, requests
 from openmoe_jax.bigbench.reading import Task
 from openmoe_jax.config import EvalConfig, require
 from openmoe_jax.task_eval.answers import Answerer
@@ -24,10 +24,15 @@ def read(settings: EvalConfig) -> Dict[str, Task]:
 
 
 def count(tasks: Mapping[str, Task], settings: EvalConfig) -> int:
-  """Questions, at least; parts with several kinds of metric ask theirs more than once."""
+  """Answers that are asked for: generated texts, and possible answers whose likelihood is taken."""
   limit = _limit(settings)
-  return sum(len(part.samples) if limit is None else min(len(part.samples), limit // len(task.parts))
-             for task in tasks.values() for part in task.parts)
+  total = 0
+  for task in tasks.values():
+    for part in map(lite.only_preferred, task.parts):
+      asked = prompting.examples(part, settings.shots, max_examples=limit and limit // len(task.parts))
+      total += sum(len(request.continuations) if isinstance(request, requests.Choose) else 1
+                   for request in requests.requests(part, list(asked)))
+  return total
 
 
 def _limit(settings: EvalConfig) -> Optional[int]:

@@ -98,11 +98,12 @@ class Suite:
       total = bigbench_lite.count(self._bigbench, self._settings)
     else:
       total = len(self._questions[name].examples)
-    with Bar(total, say, name, lambda n: f'{short_number(n)} questions') as bar:
+    with Bar(total, say, name, lambda n: f'{short_number(n)} answers') as bar:
       bar.advance(0)
       answerer = Answerer(model, self._settings, bar.advance)
       if name == bigbench_lite.NAME:
         found = bigbench_lite.evaluate(self._bigbench, answerer)
+        total = len(found['predictions'])
       else:
         found = seqio_tasks.evaluate(self._questions[name], answerer, self._run_programs)
         total = self._questions[name].count
