@@ -206,6 +206,7 @@ def test_from_checkpoint_to_table(checkpoint, folder, tmp_path, capsys):
   assert again[0]['num_examples'] == 2 and 'done before' not in capsys.readouterr().out
 
 
+@pytest.mark.slow  # loads four checkpoints
 def test_every_checkpoint(checkpoint, folder, tmp_path):
   out = tmp_path / 'out'
   records = run(checkpoint, folder, out, '--gin.EvalConfig.tasks=arc', '--all_checkpoints')

@@ -47,6 +47,7 @@ def test_one_prompt(checkpoint, model, capsys, monkeypatch):
   assert capsys.readouterr().out == f'--- 1 of 2\n{samples[0]}\n--- 2 of 2\n{samples[1]}\n'
 
 
+@pytest.mark.slow  # each compiles its own programs
 @pytest.mark.parametrize('flags', (['--int8'], ['--dtype=bfloat16'], ['--capacity_mode=t5x'], ['--mesh=2,4,1']))
 def test_ways_to_run(checkpoint, capsys, flags):
   infer.main([checkpoint, 'def main(', *NEW, *flags])

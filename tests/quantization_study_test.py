@@ -2,12 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 
 from openmoe_jax import loading, quantization
 from openmoe_jax.tools import quantization_study
 from tests import tiny_checkpoint
 
 
+@pytest.mark.slow  # four programs are compiled
 def test_perplexity_and_memory(tmp_path, capsys):
   path = tiny_checkpoint.write(tmp_path / 'run')
   quantization_study.main([path, '--mixture=demo_code_full_lm', '--batches=1'])
