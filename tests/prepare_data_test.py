@@ -1,12 +1,16 @@
 """Raw files to data sets to batches, for every data set that can be prepared, and your own text."""
 
 import json
+import os
 
+from etils.epath import backend as epath_backend
+from etils.epath import gpath as epath_gpath
 import pytest
 
 from openmoe_jax import data as data_lib
 from openmoe_jax import vocabulary
 from openmoe_jax.config import DataConfig
+from openmoe_jax.tensorflow_setup import import_tensorflow
 from openmoe_jax.tools import prepare_data
 from tests import raw_data
 from tests.prepared import forget_folder  # pylint: disable=unused-import
@@ -200,6 +204,49 @@ def test_records_are_split_by_a_field(tmp_path, own):
   run('text', '--name=pairs', f'--input={own}', f'--output={tmp_path / "whole"}', '--validation=0')
   assert not (tmp_path / 'whole' / 'pairs' / '1.0.0').joinpath('pairs-validation.tfrecord-00000-of-00001').exists()
   assert len(raw_data.examples(tmp_path / 'whole', 'pairs')) == 161
+
+
+# Buckets.
+
+
+@pytest.fixture(name='bucket')
+def _bucket(tmp_path, monkeypatch):
+  """gs://bucket is a folder, behind the functions by which TensorFlow reaches it; nothing else knows of it."""
+  gfile = import_tensorflow().io.gfile
+  local = lambda value: str(value).replace('gs://bucket', str(tmp_path / 'bucket'), 1)
+  remote = lambda value: value.replace(str(tmp_path / 'bucket'), 'gs://bucket', 1) if isinstance(value, str) else value
+
+  class Functions:
+    def __getattr__(self, name):
+      function = getattr(gfile, name)
+
+      def call(*arguments, **keywords):
+        result = function(*(local(a) if isinstance(a, (str, os.PathLike)) else a for a in arguments), **keywords)
+        if name == 'walk':
+          return ((remote(folder), folders, files) for folder, folders, files in result)
+        return [remote(value) for value in result] if isinstance(result, list) else remote(result)
+
+      return call
+
+  monkeypatch.setattr(type(epath_backend.tf_backend), 'gfile', Functions())
+  monkeypatch.setattr(epath_gpath, '_is_zonal_gcs_bucket', lambda bucket: False)
+  (tmp_path / 'bucket').mkdir()
+  return tmp_path / 'bucket'
+
+
+@pytest.mark.parametrize('source', ['gs://bucket/raw', 'gs://bucket/raw/*', 'gs://bucket/raw/[a-z]*.jsonl'])
+def test_buckets(tmp_path, bucket, source):
+  raw_data.write(bucket / 'raw' / 'b.jsonl', raw_data.json_lines({'text': text, 'meta': {}} for text in TEXTS[:40]))
+  raw_data.write(bucket / 'raw' / 'a.jsonl', raw_data.json_lines({'text': text, 'meta': {}} for text in TEXTS[40:]))
+  raw_data.write(bucket / 'raw' / '.hidden.jsonl', b'not JSON')
+  arguments = ('redpajama_book', '--processes=1', '--shard_mb=.001')
+  run(*arguments, f'--input={source}', '--output=gs://bucket/tfds')
+  run(*arguments, f'--input={bucket / "raw"}', f'--output={tmp_path / "local"}')
+  made, expected = raw_data.files(bucket / 'tfds'), raw_data.files(tmp_path / 'local')
+  plan_file = 'redpajama_book/1.0.0/preparation.json'
+  assert 'gs://bucket/raw/a.jsonl' in made.pop(plan_file).decode() and expected.pop(plan_file)
+  assert made == expected and len(made) > 5
+  run(*arguments, f'--input={source}', '--output=gs://bucket/tfds')
 
 
 # Large documents.

@@ -223,7 +223,8 @@ class _Output:
     # store shows an object when it is whole.
     self._file = file
     self._open = file.parent / f'{file.name}.{os.getpid()}' if paths.is_local(file) else file
-    self._stream: BinaryIO = self._open.open('wb')
+    self._opened = contextlib.ExitStack()  # What opens a gs:// path can only be entered.
+    self._stream: BinaryIO = self._opened.enter_context(self._open.open('wb'))
     self._writer = tfrecord.Writer(self._stream)
     self._examples = self._bytes = 0
 
@@ -237,13 +238,13 @@ class _Output:
     if paths.is_local(self._file):
       self._stream.flush()
       os.fsync(self._stream.fileno())
-    self._stream.close()
+    self._opened.close()
     if self._open != self._file:
       self._open.replace(self._file)
     return Split(self._examples, self._bytes, self._writer.written)
 
   def discard(self) -> None:
     with contextlib.suppress(OSError):  # An error is on its way already, perhaps that the disk is full.
-      self._stream.close()
+      self._opened.close()
     with contextlib.suppress(OSError):
       self._open.unlink(missing_ok=True)

@@ -151,7 +151,11 @@ def _below(folder: Any) -> List[str]:
   for parent, _, files in folder.walk():
     inside = parent.relative_to(folder)
     names += [str(inside / name) for name in files]
-  return sorted(name for name in names if not any(part.startswith('.') for part in name.split('/')))
+  return sorted(name for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+  return any(part.startswith('.') for part in name.split('/'))
 
 
 def _matching(pattern: str) -> Tuple[Any, List[str]]:
@@ -163,7 +167,7 @@ def _matching(pattern: str) -> Tuple[Any, List[str]]:
   for found in sorted(folder.glob('/'.join(parts[first:]))):
     name = str(found.relative_to(folder))
     names += [f'{name}/{below}' for below in _below(found)] if found.is_dir() else [name]
-  return folder, names
+  return folder, [name for name in names if not _is_hidden(name)]
 
 
 # Pieces.
