@@ -44,7 +44,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   parser.add_argument('--shard_mb', type=float, metavar='MB', help='about the size of a shard (default: 256, less '
                       'where there would be few of them)')
   parser.add_argument('--max_record_mb', type=float, default=64, metavar='MB', help='longer lines of JSON are '
-                      'malformed; a process may need ten times as much memory (%(default)s)')
+                      'malformed; a process may need 13 times as much memory (%(default)s)')
   parser.add_argument('--beam', action='append', metavar='OPTION', help='do it under Apache Beam, with this option of '
                       'its pipeline, such as --beam=--runner=DataflowRunner; may be given several times')
   own = parser.add_argument_group('for text')
