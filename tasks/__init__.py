@@ -6,6 +6,7 @@ Import it by this one name, `openmoe_jax.tasks`, wherever the folder lies.
 import tensorflow_datasets as tfds
 
 from openmoe_jax.tasks import demo  # pylint: disable=unused-import
+from openmoe_jax.tasks import domains  # pylint: disable=unused-import
 from openmoe_jax.tasks import evaluation  # pylint: disable=unused-import
 from openmoe_jax.tasks import instruction  # pylint: disable=unused-import
 from openmoe_jax.tasks import pretraining  # pylint: disable=unused-import

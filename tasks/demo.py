@@ -5,7 +5,7 @@ splits train and validation; `*` is one of `OBJECTIVES`.
 """
 
 import functools
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Sequence
 
 from openmoe_jax import denoising, fill_in_the_middle, objectives, vocabulary
 from openmoe_jax.data import fingerprint
@@ -24,12 +24,17 @@ DOCUMENTS = 4
 SHUFFLE_BUFFER = 200
 
 
-class StandardLibrarySource(seqio.DataSource):
-  """Documents of one kind as {'text': string}; shuffled by whole documents, sharded in any way."""
+class DocumentSource(seqio.DataSource):
+  """Documents as {'text': string}; shuffled by whole documents, sharded in any way.
 
-  def __init__(self, kind: str):
-    super().__init__(splits=standard_library.SPLITS, caching_permitted=True)
-    self._kind = kind
+  Args:
+    documents: gives the `standard_library.Document`s of a split.
+    splits: names.
+  """
+
+  def __init__(self, documents: Callable[[str], Sequence[standard_library.Document]], splits: Sequence[str]):
+    super().__init__(splits=splits, caching_permitted=True)
+    self._documents = documents
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -39,12 +44,13 @@ class StandardLibrarySource(seqio.DataSource):
     return [split]
 
   def fingerprint(self, split: str) -> str:
-    """Changes with the standard library's text, to which a saved data position belongs."""
-    return fingerprint(f'{document.file}\n{document.text}' for document in standard_library.documents(self._kind, split))
+    """Changes with the text, to which a saved data position belongs."""
+    return fingerprint(f'{document.file}\n{document.text}' for document in self._documents(split))
 
   def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: Optional[int] = None,
                   shard_info: Optional[Any] = None) -> Any:
-    texts = _texts(self._kind, split, *((shard_info.index, shard_info.num_shards) if shard_info else (0, 1)))
+    shard = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
+    texts = _texts(self._documents, split, *shard)
     count = int(texts.shape[0])
     # Numbers are shuffled, not texts: a saved position then holds the order only.
     order = tf.data.Dataset.range(count)
@@ -53,12 +59,20 @@ class StandardLibrarySource(seqio.DataSource):
     return order.map(lambda i: {'text': texts[i]})
 
 
+class StandardLibrarySource(DocumentSource):
+  """The standard library's documents of one kind."""
+
+  def __init__(self, kind: str):
+    super().__init__(lambda split: standard_library.documents(kind, split), standard_library.SPLITS)
+
+
 @functools.lru_cache(maxsize=None)
-def _texts(kind: str, split: str, index: int, num_shards: int) -> Any:
+def _texts(documents: Callable[[str], Sequence[standard_library.Document]], split: str, index: int, num_shards: int
+           ) -> Any:
   """A shard's texts as one string tensor, outside of any graph so that none holds a copy of them."""
   with tf.init_scope():
-    documents = standard_library.documents(kind, split)[index::num_shards]
-    return tf.constant([document.text for document in documents], tf.string, shape=[len(documents)])
+    own = documents(split)[index::num_shards]
+    return tf.constant([document.text for document in own], tf.string, shape=[len(own)])
 
 
 def _features(*names: str, feature: Any = seqio.Feature) -> dict:

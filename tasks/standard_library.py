@@ -37,7 +37,8 @@ class Document(NamedTuple):
   text: str
 
 
-def _digest(name: str) -> int:
+def digest(name: str) -> int:
+  """A number that a name alone decides, to choose and to order by."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big')
 
 
@@ -45,7 +46,7 @@ def split_of(file: str) -> str:
   """The split that a file, and everything taken from it, belongs to."""
   if file == TOPICS_FILE:
     return 'train'
-  return 'validation' if _digest(file) % _VALIDATION_ONE_IN == 0 else 'train'
+  return 'validation' if digest(file) % _VALIDATION_ONE_IN == 0 else 'train'
 
 
 @functools.lru_cache(maxsize=None)
@@ -67,7 +68,7 @@ def _sources() -> Tuple[Document, ...]:
   if not found:
     raise ConfigError(f'the demo tasks read the sources of the standard library, but {root} holds none; '
                       'use a Python installation that has its .py files')
-  return tuple(sorted(found, key=lambda document: _digest(document.file)))
+  return tuple(sorted(found, key=lambda document: digest(document.file)))
 
 
 # Comments and strings, so that a quote inside one of them never opens another. Far quicker than parsing the sources.
@@ -113,7 +114,7 @@ def documents(kind: str, split: str) -> Tuple[Document, ...]:
   if split == split_of(TOPICS_FILE):
     prose += [Document(TOPICS_FILE, text) for text in _topics()]
     # Each topic is a document, mixed among the files' docstrings by a hash of its own text.
-    prose.sort(key=lambda document: _digest(document.text))
+    prose.sort(key=lambda document: digest(document.text))
   return tuple(prose)
 
 
