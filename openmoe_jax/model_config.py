@@ -8,7 +8,8 @@ from openmoe_jax.checks import integers, not_negative, one_of, require
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
 DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k')
+ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen')
+NORMALIZABLE = ('top_k', 'sigmoid', 'frozen')  # routers whose gates need not add up to 1, of several choices
 PRIORITIES = ('position', 'reversed', 'random')
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
@@ -29,9 +30,11 @@ class ModelConfig:
     num_experts: experts of a sparse layer (E); 0 makes every layer dense.
     num_selected_experts: experts each token asks for (S).
     router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3),
-      'noisy_top_k' (Shazeer et al. 2017); see docs/routing.md.
+      'noisy_top_k' (Shazeer et al. 2017), 'hash' (by token id), 'frozen' (by a table of token ids that the tool
+      freeze_router makes of a checkpoint); see docs/routing.md.
     normalize_gates: a token's gates are divided by their sum over its choices, dropped ones included.
     bias_update_rate: of the router 'sigmoid': how much an expert's bias moves after a step, towards equal loads.
+    hash_seed: of the router 'hash', and of token ids that were never seen when a router was frozen.
     router_jitter: in training the router's input is multiplied by noise between 1 - router_jitter and 1 + router_jitter.
     priority: which tokens choose first: 'position' (in token order), 'reversed' or 'random' (drawn anew in every layer
       and step; in evaluation always the same).
@@ -78,6 +81,7 @@ class ModelConfig:
   router: str = 'top_k'
   normalize_gates: bool = False
   bias_update_rate: float = 1e-3
+  hash_seed: int = 0
   router_jitter: float = 0.0
   priority: str = 'position'
   batch_prioritized: bool = False
@@ -114,7 +118,7 @@ class ModelConfig:
     integers(self, 1, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
               'num_selected_experts', 'group_size', 'min_expert_capacity', 'num_expert_replicas',
               'attention_query_blocks', 'loss_chunk_tokens')
-    integers(self, 0, 'num_experts')
+    integers(self, 0, 'num_experts', 'hash_seed')
     not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
                   'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale',
                  'bias_update_rate', 'router_jitter')
@@ -157,11 +161,13 @@ class ModelConfig:
       return
     require(self.router != 'switch' or self.num_selected_experts == 1, "ModelConfig.router = 'switch' needs "
             f'num_selected_experts = 1, not {self.num_selected_experts}')
+    require(self.router != 'hash' or not self.router_jitter, f"ModelConfig.router = 'hash' does not look at the input: "
+            f'it needs router_jitter = 0, not {self.router_jitter}')
     require(self.router != 'noisy_top_k' or self.num_selected_experts > 1, "ModelConfig.router = 'noisy_top_k' needs "
             'num_selected_experts of at least 2: the gate of a single expert would always be 1')
     if self.normalize_gates:
-      require(self.router in ('top_k', 'sigmoid'), f'ModelConfig.normalize_gates = True is not for router = '
-              f"{self.router!r}; it is for 'top_k' and 'sigmoid'")
+      require(self.router in NORMALIZABLE, f'ModelConfig.normalize_gates = True is not for router = {self.router!r}; '
+              f'it is for {", ".join(map(repr, NORMALIZABLE))}')
       require(self.num_selected_experts > 1, 'ModelConfig.normalize_gates = True needs num_selected_experts of at least 2: '
               'the gate of a single expert would always be 1, and the router would learn nothing from it')
 
@@ -178,11 +184,13 @@ class ModelConfig:
   def router_draws(self) -> bool:
     """Whether routing in training needs a random key."""
     return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random' or
-                                       self.router == 'noisy_top_k')
+                                       self.router == 'noisy_top_k', 'hash', 'frozen')
 
   @property
   def router_kernels(self) -> Dict[str, int]:
     """The router's kernels [D, width] in every sparse layer: name -> width."""
+    if self.router == 'hash':
+      return {}
     more = {'noise_weights': self.num_experts} if self.router == 'noisy_top_k' else {}
     return {'router_weights': self.num_experts, **more}
 

@@ -19,7 +19,8 @@ from openmoe_jax.routers.types import RouterContext, TokenAssignment
 class RoutingRecord(NamedTuple):
   """What one sparse layer reports; with scanned blocks every array has a leading axis of sparse layers.
 
-  The first six are `RouterOutput`'s. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for.
+  The first six are `RouterOutput`'s. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for, and
+  the latter of routers that have none.
   """
   auxiliary_loss: jax.Array
   router_z_loss: jax.Array
@@ -43,6 +44,7 @@ class RouterWeights(nn.Module):
 class Router(nn.Module):
   """Router logits in float32: [G, T, D] -> [G, T, E], and the product with the second kernel of routers that have one.
 
+  Both are None of routers without a kernel.
   `key` is that of the jitter, where there is one.
   """
   config: ModelConfig
@@ -55,7 +57,7 @@ class Router(nn.Module):
     # Accelerators would round the factors to 10 or 7 bits by default; next to nothing is saved, and decisions flip.
     logits = [jnp.matmul(x, RouterWeights((x.shape[-1], width), name=name)(), precision='highest')
               for name, width in self.config.router_kernels.items()]
-    return tuple(logits + [None])[:2]
+    return tuple(logits + [None, None])[:2]
 
 
 class Experts(nn.Module):

@@ -205,6 +205,9 @@ def warm_start(run: RunConfig, template: Any, initialise: Callable[[], Any]) -> 
   try:
     progress = checkpoints.read_progress(directory)
     items = layout.ITEMS if settings.restore == 'full' else ('params',)
+    require(run.model.router != 'frozen' or progress['checksums'].get('router_state'), f'initial_checkpoint_path = '
+            f"{settings.initial_checkpoint_path!r} holds no table of experts, which ModelConfig.router = 'frozen' needs; "
+            'python -m openmoe_jax.tools.freeze_router CHECKPOINT OUT makes a checkpoint with one')
     if template.router_state and progress['checksums'].get('router_state'):
       items = tuple(dict.fromkeys((*items, 'router_state')))  # a part of what the parameters compute
     read = {item: checkpoints.read_item(directory, item, run.model, getattr(template, item), progress)

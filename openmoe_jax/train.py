@@ -223,6 +223,8 @@ def _first_state(run: RunConfig, checkpointer: checkpoints.Checkpointer, templat
     state, what = resume.warm_start(run, template, initialise)
     say(what)
     return state, {}
+  require(run.model.router != 'frozen', f"ModelConfig.router = 'frozen' goes on from a checkpoint with a table of experts, "
+          f'and model_dir = {run.model_dir!r} holds none; python -m openmoe_jax.tools.freeze_router CHECKPOINT OUT makes one')
   say('starting from random parameters')
   return initialise(), {}
 

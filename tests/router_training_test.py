@@ -22,6 +22,8 @@ VARIANTS = {
     'random priority': dict(priority='random'),
     'switch': dict(router='switch', num_selected_experts=1, router_jitter=0.01),
     'sigmoid': dict(router='sigmoid', normalize_gates=True, aux_loss_factor=0., router_z_loss_factor=0.),
+    'hash': dict(router='hash'),
+    'frozen': dict(router='frozen', normalize_gates=True),
     'noisy_top_k': dict(router='noisy_top_k', aux_loss_factor=0.1),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from openmoe_jax import routers
 from openmoe_jax.config import ConfigError, ModelConfig
 from openmoe_jax.routers import groups as groups_lib
-from openmoe_jax.routers import noisy_top_k, sigmoid, switch
+from openmoe_jax.routers import frozen, hashing, noisy_top_k, sigmoid, switch
 from openmoe_jax.routers.types import RouterContext
 from tests import router_variants_reference as reference, routing_reference
 from tests.quick_jit import jit
@@ -192,6 +192,69 @@ def test_padding_is_not_in_the_losses_of_noisy_top_k():
   assert not got.assignment.kept[:, 8:].any()
 
 
+# Routing by token id.
+
+
+def test_hash_gives_different_experts_evenly():
+  config = model(router='hash', num_experts=5, num_selected_experts=3)
+  experts = np.asarray(jit(lambda ids: hashing.experts_of(config, ids))(jnp.arange(5000)))
+  assert all(len(set(row)) == 3 for row in experts.tolist())
+  for choice in range(3):
+    counts = np.bincount(experts[:, choice], minlength=5)
+    assert abs(counts - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8), counts
+  pairs = np.bincount(experts[:-1, 0] * 5 + experts[1:, 0], minlength=25)  # neighbours have nothing to do with each other
+  assert abs(pairs - 200).max() < 5 * np.sqrt(200)
+  other = np.asarray(jit(lambda ids: hashing.experts_of(config.replace(hash_seed=1), ids))(jnp.arange(5000)))
+  assert 0.15 < (other[:, 0] == experts[:, 0]).mean() < 0.25
+
+
+def test_hash_by_hand():
+  """MurmurHash3's finalizer in plain integers; the same two experts wherever an id stands."""
+  def mix(x):
+    x = (x ^ (x >> 16)) * 0x85ebca6b % 2**32
+    x = (x ^ (x >> 13)) * 0xc2b2ae35 % 2**32
+    return x ^ (x >> 16)
+  config, ids = model(router='hash', hash_seed=7), np.array([[3, 9, 3, 39], [9, 0, 1, 2]], np.int32)
+  wants = [[reference.largest([mix((int(t) * EXPERTS + e + mix(7)) % 2**32) >> 1 for e in range(EXPERTS)], 2)
+            for t in row] for row in ids]
+  got = jax.tree.map(np.asarray, jit(lambda: routers.route(config, None, jnp.ones(ids.shape, bool), 2,
+                                                           RouterContext(token_ids=ids)))())
+  assert got.assignment.expert_index.tolist() == wants
+  slot, kept = reference.serve(wants, [[0, 1, 2, 3]] * 2, 2, EXPERTS)
+  np.testing.assert_array_equal(got.assignment.slot, slot)
+  np.testing.assert_array_equal(got.assignment.gate, 0.5 * kept)
+  assert got.auxiliary_loss == 0 and got.router_z_loss == 0
+  np.testing.assert_allclose(got.expert_load.sum(), EXPERTS)
+
+
+def test_frozen_looks_up_experts_and_learns_gates():
+  logits, table = random_logits(16), np.array([[3, 1], [0, 2], [1, 0]], np.int32)
+  ids = np.random.RandomState(0).randint(0, 3, (GROUPS, TOKENS)).astype(np.int32)
+  got = route(model(router='frozen'), logits, 4, token_ids=ids, state={'experts': table})
+  probs, wants = routing_reference.softmax(logits.astype(np.float64)), table[ids].tolist()
+  check(got, wants, reference.pick(probs, wants), POSITIONS, 4)
+  assert got.auxiliary_loss == 0
+  def gates(x):
+    context = RouterContext(token_ids=ids, state={'experts': table})
+    return jnp.sum(routers.route(model(router='frozen'), x, jnp.ones(ids.shape, bool), 4, context).assignment.gate)
+  assert np.asarray(jit(jax.grad(gates))(jnp.asarray(logits))).any()
+
+
+def test_table_of_mean_probabilities():
+  """Two layers; id 1 is seen twice, id 2 once and once as padding, id 0 never."""
+  config = model(num_selected_experts=1, num_layers=2, vocab_size=3, num_experts=3)
+  probs = np.float32([[[.1, .6, .3], [.7, .2, .1], [0, 0, 1], [1, 0, 0]],
+                      [[.5, .4, .1], [.2, .5, .3], [.6, .3, .1], [0, 1, 0]]])
+  ids, is_token = np.array([1, 1, 2, 2]), np.array([True, True, True, False])
+  totals = frozen.count_probabilities((jnp.zeros((2, 3, 3)), jnp.zeros(3)), probs, ids, is_token)
+  got = np.asarray(frozen.table(config, totals))
+  by_hash = int(hashing.experts_of(config, jnp.array(0))[0])
+  assert totals[1].tolist() == [0, 2, 1]
+  assert got[:, :, 0].tolist() == [[by_hash, 0, 2], [by_hash, 1, 0]]  # id 1: .8 .8 .4 (a tie), and .7 .9 .4
+  chosen = np.argmax(probs, axis=-1)[..., None]
+  np.testing.assert_allclose(frozen.agreement(got, chosen, ids, is_token), [2 / 3, 2 / 3], rtol=1e-6)
+
+
 # Options of all routers in which tokens choose.
 
 
@@ -239,6 +302,8 @@ def test_capacity_times_k(selected):
 
 @pytest.mark.parametrize('changes, message', (
     (dict(router='switch'), "router = 'switch' needs num_selected_experts = 1, not 2"),
+    (dict(router='hash', router_jitter=0.1), "router = 'hash' does not look at the input: it needs router_jitter = 0"),
+    (dict(router='hash', normalize_gates=True), "it is for 'top_k', 'sigmoid', 'frozen'"),
     (dict(router='noisy_top_k', num_selected_experts=1), "router = 'noisy_top_k' needs num_selected_experts of at least 2"),
     (dict(router='swich'), "router = 'swich' is not known; valid: 'top_k', 'switch'"),
     (dict(priority='first'), "priority = 'first' is not known; valid: 'position', 'reversed', 'random'"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig, require
-from openmoe_jax.routers import sigmoid
+from openmoe_jax.routers import frozen, sigmoid
 
 State = Dict[str, jax.Array]
 
@@ -17,8 +17,10 @@ State = Dict[str, jax.Array]
 def init_state(config: ModelConfig) -> State:
   """The state before the first step.
 
-  'sigmoid': 'bias' float32 [sparse layers, E], zeros.
+  'sigmoid': 'bias' float32 [sparse layers, E], zeros. 'frozen': 'experts' int32 [sparse layers, V, S], by hash.
   """
+  if config.num_experts and config.router == 'frozen':
+    return {'experts': frozen.hash_table(config)}
   if config.num_experts and config.router == 'sigmoid':
     return {'bias': jnp.zeros((config.num_sparse_layers, config.num_experts), jnp.float32)}
   return {}
