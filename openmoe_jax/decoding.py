@@ -242,6 +242,8 @@ class Generation:
                window: Optional[int] = None, row_ids: Optional[Sequence[int]] = None, mesh: Optional[Mesh] = None):
     require(capacity_mode in CAPACITY_MODES[:2], f"capacity_mode = {capacity_mode!r} is not known for decoding; valid: "
             f"{', '.join(map(repr, CAPACITY_MODES[:2]))}")
+    require(config.router != 'expert_choice' or not config.num_experts, "ModelConfig.router = 'expert_choice' cannot "
+            'generate: its experts choose among the tokens of a whole group, of which there is one at a time')
     require(max_new_tokens >= 1, f'max_new_tokens = {max_new_tokens} must be at least 1')
     require(num_samples >= 1, f'num_samples = {num_samples} must be at least 1')
     require(all(len(stop) for stop in stop_ids), 'stop_ids holds an empty sequence')

@@ -8,7 +8,7 @@ from openmoe_jax.checks import integers, not_negative, one_of, require
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
 DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen')
+ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen', 'expert_choice')
 NORMALIZABLE = ('top_k', 'sigmoid', 'frozen')  # routers whose gates need not add up to 1, of several choices
 PRIORITIES = ('position', 'reversed', 'random')
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
@@ -31,7 +31,8 @@ class ModelConfig:
     num_selected_experts: experts each token asks for (S).
     router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3),
       'noisy_top_k' (Shazeer et al. 2017), 'hash' (by token id), 'frozen' (by a table of token ids that the tool
-      freeze_router makes of a checkpoint); see docs/routing.md.
+      freeze_router makes of a checkpoint), 'expert_choice' (Zhou et al. 2022); see docs/routing.md.
+    allow_future_leak: has to be True for the router 'expert_choice', which shows a causal model later tokens.
     normalize_gates: a token's gates are divided by their sum over its choices, dropped ones included.
     bias_update_rate: of the router 'sigmoid': how much an expert's bias moves after a step, towards equal loads.
     hash_seed: of the router 'hash', and of token ids that were never seen when a router was frozen.
@@ -80,6 +81,7 @@ class ModelConfig:
   num_selected_experts: int = 2
   router: str = 'top_k'
   normalize_gates: bool = False
+  allow_future_leak: bool = False
   bias_update_rate: float = 1e-3
   hash_seed: int = 0
   router_jitter: float = 0.0
@@ -161,6 +163,13 @@ class ModelConfig:
       return
     require(self.router != 'switch' or self.num_selected_experts == 1, "ModelConfig.router = 'switch' needs "
             f'num_selected_experts = 1, not {self.num_selected_experts}')
+    if self.router == 'expert_choice':
+      require(self.allow_future_leak, "ModelConfig.router = 'expert_choice' lets a token's experts depend on later tokens: a "
+              'causal model leaks the future in training and evaluation; allow_future_leak = True accepts that')
+      require(self.capacity_mode != 'none', "ModelConfig.router = 'expert_choice' fills experts up to a capacity: it cannot "
+              "have capacity_mode = 'none', which generation, scoring and dispatch = 'dropless' go with")
+      require(not self.batch_prioritized and self.priority == 'position', "ModelConfig.router = 'expert_choice' has no "
+              'order of tokens: it needs batch_prioritized = False and priority = "position"')
     require(self.router != 'hash' or not self.router_jitter, f"ModelConfig.router = 'hash' does not look at the input: "
             f'it needs router_jitter = 0, not {self.router_jitter}')
     require(self.router != 'noisy_top_k' or self.num_selected_experts > 1, "ModelConfig.router = 'noisy_top_k' needs "
@@ -184,7 +193,7 @@ class ModelConfig:
   def router_draws(self) -> bool:
     """Whether routing in training needs a random key."""
     return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random' or
-                                       self.router == 'noisy_top_k', 'hash', 'frozen')
+                                       self.router == 'noisy_top_k', 'hash', 'frozen', 'expert_choice')
 
   @property
   def router_kernels(self) -> Dict[str, int]:

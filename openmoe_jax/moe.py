@@ -13,14 +13,14 @@ from openmoe_jax.layers import Dropout, Kernel, gate, hidden_widths, normal_init
 from openmoe_jax.partitioning import constrain
 from openmoe_jax.routers import switch
 from openmoe_jax.routers.groups import group_tokens
-from openmoe_jax.routers.types import RouterContext, TokenAssignment
+from openmoe_jax.routers.types import RouterContext, SlotAssignment, TokenAssignment, tokens_from_slots
 
 
 class RoutingRecord(NamedTuple):
   """What one sparse layer reports; with scanned blocks every array has a leading axis of sparse layers.
 
   The first six are `RouterOutput`'s. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for, and
-  the latter of routers that have none.
+  the latter of routers that have none. Where experts choose, S is E, and what is not kept does not exist.
   """
   auxiliary_loss: jax.Array
   router_z_loss: jax.Array
@@ -115,5 +115,10 @@ class MoE(nn.Module):
       y = apply_experts(config.dispatch, x, routed.assignment, lambda slots: experts(slots, train),
                         config.num_experts, grouping.capacity)
     y = constrain(y, 'group', None, 'embed').reshape(grouping.batch, grouping.length, emb_dim)
-    record = RoutingRecord(*routed[1:], *((routed.assignment, logits) if self.record_routing else ()))
+    record = RoutingRecord(*routed[1:])
+    if self.record_routing:
+      assignment = routed.assignment
+      if isinstance(assignment, SlotAssignment):
+        assignment = tokens_from_slots(assignment, grouping.group_size, config.num_experts)
+      record = record._replace(assignment=assignment, router_logits=logits)
     return constrain(y[:batch, :length], 'batch', 'length', 'embed'), record

@@ -11,7 +11,7 @@ import pytest
 from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts
-from openmoe_jax.routers.types import TokenAssignment
+from openmoe_jax.routers.types import SlotAssignment, TokenAssignment, tokens_from_slots
 from tests.quick_jit import jit
 
 GROUPS, TOKENS, EXPERTS, EMB, HIDDEN = 2, 12, 4, 6, 5
@@ -149,6 +149,38 @@ def test_same_bits_on_every_run():
   first, second = (value_and_gradients('sort', x, kernels, out, assignment, 3) for _ in range(2))
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
     np.testing.assert_array_equal(a, b)
+
+
+def random_slots(seed, capacity, share_filled=1.) -> SlotAssignment:
+  """Different tokens in the slots of each expert, some slots empty."""
+  rng = np.random.RandomState(seed)
+  token = np.array([[rng.permutation(TOKENS)[:capacity] for _ in range(EXPERTS)] for _ in range(GROUPS)])
+  filled = rng.rand(*token.shape) < share_filled
+  gate = np.where(filled, rng.rand(*token.shape), 0).astype(np.float32)
+  return SlotAssignment(jnp.asarray(np.where(filled, token, TOKENS), jnp.int32), jnp.asarray(gate))
+
+
+@pytest.mark.parametrize('seed, capacity, share_filled', ((0, 5, 1.), (1, 12, 0.6)))
+def test_experts_choose(seed, capacity, share_filled):
+  """The back ends for SlotAssignment against a loop, and against the same tokens seen from their side."""
+  slots = random_slots(seed, capacity, share_filled)
+  x, kernels, out = make_inputs(seed)
+
+  @functools.partial(jit, static_argnames='backend')
+  def run(backend, x, gate, kernels, slots):
+    def loss(x, gate, kernels):
+      y = apply(backend, x, gate, kernels, slots, None)
+      return jnp.sum(y * out), y
+    grads, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gate, kernels)
+    # The gate of an empty slot is the constant 0.
+    return y, grads[0], jnp.where(slots.token < TOKENS, grads[1], 0), grads[2]
+
+  results = [run(backend, x, slots.gate, kernels, slots) for backend in ('sort', 'einsum')]
+  assert_equal_to_rounding(*results)
+  assignment = tokens_from_slots(slots, TOKENS, EXPERTS)
+  np.testing.assert_allclose(results[0][0], by_token(x, kernels, assignment), rtol=0, atol=5e-6)
+  y, dx, _, dkernels = value_and_gradients('sort', x, kernels, out, assignment, capacity)
+  assert_equal_to_rounding((results[0][0], results[0][1], results[0][3]), (y, dx, dkernels))
 
 
 def test_sort_moves_tokens_without_matrix_products():

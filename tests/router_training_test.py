@@ -24,6 +24,7 @@ VARIANTS = {
     'sigmoid': dict(router='sigmoid', normalize_gates=True, aux_loss_factor=0., router_z_loss_factor=0.),
     'hash': dict(router='hash'),
     'frozen': dict(router='frozen', normalize_gates=True),
+    'expert_choice': dict(router='expert_choice', allow_future_leak=True),
     'noisy_top_k': dict(router='noisy_top_k', aux_loss_factor=0.1),
 }
 

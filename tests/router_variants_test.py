@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe_jax import routers
+from openmoe_jax import decoding, routers, scoring
 from openmoe_jax.config import ConfigError, ModelConfig
 from openmoe_jax.routers import groups as groups_lib
 from openmoe_jax.routers import frozen, hashing, noisy_top_k, sigmoid, switch
@@ -255,6 +255,64 @@ def test_table_of_mean_probabilities():
   np.testing.assert_allclose(frozen.agreement(got, chosen, ids, is_token), [2 / 3, 2 / 3], rtol=1e-6)
 
 
+# Expert choice.
+
+
+def choose(logits, capacity, is_token=None, **changes):
+  return route(model(router='expert_choice', allow_future_leak=True, **changes), logits, capacity, is_token)
+
+
+@pytest.mark.parametrize('seed, capacity', ((0, 1), (1, 3), (2, 12), (3, 20)))
+def test_expert_choice(seed, capacity):
+  logits = random_logits(seed)
+  logits[0, 3:6] = logits[0, 2]  # equals: the first comes first
+  got = choose(logits, capacity)
+  slots = min(capacity, TOKENS)
+  token, gate = reference.expert_choice(logits, slots)
+  np.testing.assert_array_equal(got.assignment.token, token)
+  np.testing.assert_allclose(got.assignment.gate, gate, rtol=2e-6)
+  taken = [set(group.reshape(-1).tolist()) for group in token]
+  np.testing.assert_allclose(got.fraction_tokens_left_behind, 1 - sum(map(len, taken)) / (GROUPS * TOKENS), atol=1e-6)
+  np.testing.assert_allclose(got.router_confidence, gate.mean(), rtol=1e-5)
+  assert got.expert_usage == 1 and got.auxiliary_loss == 0 and got.expert_load.tolist() == [1] * EXPERTS
+  log_z = np.log(np.exp(logits.astype(np.float64)).sum(axis=-1))
+  np.testing.assert_allclose(got.router_z_loss, (log_z ** 2).mean(), rtol=1e-5)
+
+
+def test_expert_choice_by_hand():
+  """Three tokens, two experts with a slot each, probabilities of expert 0: 0.9, 0.6, 0.2."""
+  p = np.float32([.9, .6, .2])
+  got = route(model(router='expert_choice', allow_future_leak=True, num_experts=2), np.log([[*zip(p, 1 - p)]]), 1)
+  assert got.assignment.token.tolist() == [[[0], [2]]]
+  np.testing.assert_allclose(got.assignment.gate, [[[.9], [.8]]], rtol=1e-6)
+  np.testing.assert_allclose(got.fraction_tokens_left_behind, 1 / 3, rtol=1e-6)
+
+
+def test_expert_choice_takes_no_ignored_padding():
+  logits, is_token = random_logits(20), np.arange(TOKENS)[None] < np.array([[5], [0]])
+  logits *= is_token[..., None]
+  got = choose(logits, 7, is_token, ignore_padding_tokens=True)
+  token, gate = reference.expert_choice(logits[:1, :5], 5)
+  np.testing.assert_array_equal(got.assignment.token[0, :, :5], token[0])
+  np.testing.assert_allclose(got.assignment.gate[0, :, :5], gate[0], rtol=2e-6)
+  assert (got.assignment.token[0, :, 5:] == TOKENS).all() and (got.assignment.token[1] == TOKENS).all()
+  assert not got.assignment.gate[0, :, 5:].any() and not got.assignment.gate[1].any()
+  assert got.fraction_tokens_left_behind == 0
+  np.testing.assert_allclose(got.expert_usage, 5 / 14, rtol=1e-6)
+  everything = choose(logits, 7, is_token)
+  assert (everything.assignment.token < TOKENS).all()
+
+
+def test_expert_choice_does_not_generate_or_score_without_capacity():
+  config = model(router='expert_choice', allow_future_leak=True)
+  tokens, lengths = np.ones((1, 3), np.int32), np.array([3])
+  for mode in ('none', 't5x'):
+    with pytest.raises(ConfigError, match="router = 'expert_choice' cannot generate"):
+      decoding.generate(config, None, tokens, lengths, 1, capacity_mode=mode)
+  with pytest.raises(ConfigError, match="cannot have capacity_mode = 'none', which generation, scoring"):
+    scoring.score(config, None, tokens, lengths, np.array([1]))
+
+
 # Options of all routers in which tokens choose.
 
 
@@ -302,6 +360,11 @@ def test_capacity_times_k(selected):
 
 @pytest.mark.parametrize('changes, message', (
     (dict(router='switch'), "router = 'switch' needs num_selected_experts = 1, not 2"),
+    (dict(router='expert_choice'), 'leaks the future in training and evaluation; allow_future_leak = True accepts that'),
+    (dict(router='expert_choice', allow_future_leak=True, capacity_mode='none'), "cannot have capacity_mode = 'none'"),
+    (dict(router='expert_choice', allow_future_leak=True, priority='random'), 'has no order of tokens'),
+    (dict(router='expert_choice', allow_future_leak=True, capacity_mode='none', dispatch='dropless'),
+     "dispatch = 'dropless' go with"),
     (dict(router='hash', router_jitter=0.1), "router = 'hash' does not look at the input: it needs router_jitter = 0"),
     (dict(router='hash', normalize_gates=True), "it is for 'top_k', 'sigmoid', 'frozen'"),
     (dict(router='noisy_top_k', num_selected_experts=1), "router = 'noisy_top_k' needs num_selected_experts of at least 2"),

@@ -48,8 +48,10 @@ def forward_flops_per_token(config: ModelConfig, length: int, rows: Optional[int
     rows: as in `slots_per_token`.
     train: capacity of training, or of evaluation.
   """
-  return _forward(config, keys=(length + 1) / 2,
-                  slots=min(config.num_selected_experts, slots_per_token(config, length, rows, train)))
+  slots = slots_per_token(config, length, rows, train)
+  if config.router != 'expert_choice':  # whose experts are always full
+    slots = min(config.num_selected_experts, slots)
+  return _forward(config, keys=(length + 1) / 2, slots=slots)
 
 
 def computed_forward_flops_per_token(config: ModelConfig, length: int, rows: Optional[int] = None, train: bool = True

@@ -1,19 +1,20 @@
 """Dispatch back ends: tokens to experts and back, one file each behind one signature."""
 
-from typing import Callable
+from typing import Callable, Union
 
 import jax
 
 from openmoe_jax.config import DISPATCH_BACKENDS
 from openmoe_jax.dispatch import einsum, sort
-from openmoe_jax.routers.types import TokenAssignment
+from openmoe_jax.routers.types import SlotAssignment, TokenAssignment
 
 _BACKENDS = {'sort': sort.apply_experts, 'einsum': einsum.apply_experts}
+_OF_SLOTS = {'sort': sort.apply_to_slots, 'einsum': einsum.apply_to_slots}
 # 'dropless' has no slots, hence a signature of its own: see dropless.py.
 assert {*_BACKENDS, 'dropless'} == set(DISPATCH_BACKENDS)
 
 
-def apply_experts(backend: str, x: jax.Array, assignment: TokenAssignment,
+def apply_experts(backend: str, x: jax.Array, assignment: Union[TokenAssignment, SlotAssignment],
                   experts: Callable[[jax.Array], jax.Array], num_experts: int, capacity: int) -> jax.Array:
   """Sends tokens to their experts, runs these, and adds up the gated results.
 
@@ -22,9 +23,11 @@ def apply_experts(backend: str, x: jax.Array, assignment: TokenAssignment,
     x: [G, T, D] tokens in the activation dtype.
     assignment: where each token goes.
     experts: [E, G, C, D] -> [E, G, C, D]; an empty slot is a zero vector.
-    num_experts, capacity: E and C.
+    num_experts, capacity: E and C; a SlotAssignment has its own.
 
   Returns:
-    float32 [G, T, D]; zero for a token none of whose choices was kept.
+    float32 [G, T, D]; zero for a token none of whose choices was kept, or that no expert took.
   """
+  if isinstance(assignment, SlotAssignment):
+    return _OF_SLOTS[backend](x, assignment, experts)
   return _BACKENDS[backend](x, assignment, experts, num_experts, capacity)

@@ -8,7 +8,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from openmoe_jax.routers.types import TokenAssignment
+from openmoe_jax.routers.types import SlotAssignment, TokenAssignment
 
 
 def _one_hot_slots(assignment: TokenAssignment, num_experts: int, capacity: int, dtype) -> jax.Array:
@@ -26,3 +26,10 @@ def apply_experts(x: jax.Array, assignment: TokenAssignment, experts: Callable[[
                     _one_hot_slots(assignment, num_experts, capacity, jnp.float32), axis=2)
   y = experts(jnp.einsum('GTEC,GTD->EGCD', mask, x))
   return jnp.einsum('GTEC,EGCD->GTD', combine, y.astype(jnp.float32))
+
+
+def apply_to_slots(x: jax.Array, assignment: SlotAssignment, experts: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """See `openmoe_jax.dispatch.apply_experts`."""
+  mask = jax.nn.one_hot(assignment.token, x.shape[1], dtype=jnp.float32)
+  y = experts(jnp.einsum('GECT,GTD->EGCD', mask.astype(x.dtype), x))
+  return jnp.einsum('GECT,EGCD->GTD', assignment.gate[..., None] * mask, y.astype(jnp.float32))

@@ -1,7 +1,7 @@
 """Dispatch by gather: no arithmetic is spent on moving tokens.
 
-Both directions know their inverse (a slot knows its token, a token knows its slots), so the backward passes are gathers
-as well: no scatter-add, hence the same bits on every run.
+Where tokens choose, both directions know their inverse (a slot knows its token, a token knows its slots), so the backward
+passes are gathers as well: no scatter-add, hence the same bits on every run.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from openmoe_jax.routers.types import TokenAssignment, flat_slots, slots_from_tokens
+from openmoe_jax.routers.types import SlotAssignment, TokenAssignment, flat_slots, slots_from_tokens
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -68,3 +68,15 @@ def apply_experts(x: jax.Array, assignment: TokenAssignment, experts: Callable[[
   by_slot = slots_from_tokens(assignment._replace(gate=jax.lax.stop_gradient(assignment.gate)), num_experts, capacity)
   y = experts(_to_slots(x, by_slot.token, slots).swapaxes(0, 1)).swapaxes(0, 1)
   return _from_slots(y, assignment.gate, by_slot.token, by_slot.gate, slots)
+
+
+def apply_to_slots(x: jax.Array, assignment: SlotAssignment, experts: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """See `openmoe_jax.dispatch.apply_experts`.
+
+  How many slots a token has is not bounded by less than E, so results are added up by a scatter here, as are gradients
+  by x: on an accelerator the order of additions, and with it the last bit, may differ from run to run.
+  """
+  y = experts(_rows(x, assignment.token).swapaxes(0, 1)).swapaxes(0, 1)
+  y = assignment.gate[..., None] * y.astype(jnp.float32)
+  add = lambda token, rows: jnp.zeros((x.shape[1], x.shape[2]), jnp.float32).at[token].add(rows, mode='drop')
+  return jax.vmap(add)(assignment.token, y)
