@@ -140,7 +140,7 @@ class OptimizerConfig:
     integers(self, 0, 'warmup_steps', 'decay_steps')
     integers(self, 1, 'min_dim_size_to_factor')
     not_negative(self, 'learning_rate', 'min_learning_rate', 'decay_exponent', 'epsilon1', 'epsilon2',
-                  'clipping_threshold', 'adam_b1', 'adam_b2', 'adam_epsilon', 'weight_decay', 'max_grad_norm')
+                 'clipping_threshold', 'adam_b1', 'adam_b2', 'adam_epsilon', 'weight_decay', 'max_grad_norm')
     for name in ('adam_b1', 'adam_b2'):
       require(getattr(self, name) < 1, f'OptimizerConfig.{name} = {getattr(self, name)} must be below 1')
     require(self.epsilon1 > 0, f'OptimizerConfig.epsilon1 = {self.epsilon1} must be positive: gradients that are 0 are '

@@ -59,16 +59,18 @@ class DecoderLayer(nn.Module):
     attended = SelfAttention(config, self.decoding, name='self_attention')(y, context, train, cache)
     attended, new = attended if self.decoding else (attended, None)
     x = add(x, attended, 'attention_out')
-    y = normed('pre_mlp_layer_norm')
+    parallel = config.parallel_attention and self.sparse  # everything reads the y that attention read
+    if not parallel:
+      y = normed('pre_mlp_layer_norm')
     if not self.sparse:
       return add(x, GatedMLP(config, name='mlp')(y, train), 'mlp_out'), None, new
 
     routed, record = MoE(config, self.record_routing, name='mlp')(y, train, context.token_ids, router_state)
-    if config.parallel_moe:  # the paper's equation 4
-      return add(add(x, routed, 'mlp_out'), GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out'), record, new
     x = add(x, routed, 'mlp_out')
     if config.extra_mlp:
-      x = add(x, GatedMLP(config, name='extra_mlp')(normed('pre_extra_mlp_layer_norm'), train), 'extra_mlp_out')
+      if not config.parallel_moe and not parallel:  # the former is the paper's equation 4
+        y = normed('pre_extra_mlp_layer_norm')
+      x = add(x, GatedMLP(config, name='extra_mlp')(y, train), 'extra_mlp_out')
     return x, record, new
 
 

@@ -8,8 +8,9 @@ from openmoe_jax.checks import integers, not_negative, one_of, require
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
 DISPATCH_BACKENDS = ('sort', 'einsum', 'dropless')
-ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen', 'expert_choice')
-NORMALIZABLE = ('top_k', 'sigmoid', 'frozen')  # routers whose gates need not add up to 1, of several choices
+ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen', 'expert_choice', 'hierarchical')
+# Routers whose gates need not add up to 1.
+NORMALIZABLE = ('top_k', 'sigmoid', 'frozen', 'hierarchical')
 PRIORITIES = ('position', 'reversed', 'random')
 REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
@@ -31,9 +32,12 @@ class ModelConfig:
     num_selected_experts: experts each token asks for (S).
     router: name of the routing function: 'top_k', 'switch' (top-1), 'sigmoid' (DeepSeek-V3),
       'noisy_top_k' (Shazeer et al. 2017), 'hash' (by token id), 'frozen' (by a table of token ids that the tool
-      freeze_router makes of a checkpoint), 'expert_choice' (Zhou et al. 2022); see docs/routing.md.
+      freeze_router makes of a checkpoint), 'expert_choice' (Zhou et al. 2022), 'hierarchical' (two
+      levels, Shazeer et al. 2017); see docs/routing.md.
     allow_future_leak: has to be True for the router 'expert_choice', which shows a causal model later tokens.
     normalize_gates: a token's gates are divided by their sum over its choices, dropped ones included.
+    num_expert_groups, num_selected_groups: of the router 'hierarchical': num_selected_experts are chosen in equal
+      parts from this many of so many groups of experts.
     bias_update_rate: of the router 'sigmoid': how much an expert's bias moves after a step, towards equal loads.
     hash_seed: of the router 'hash', and of token ids that were never seen when a router was frozen.
     router_jitter: in training the router's input is multiplied by noise between 1 - router_jitter and 1 + router_jitter.
@@ -51,6 +55,9 @@ class ModelConfig:
       for capacity_mode = 'none': runs of rows instead of slots, nothing padded, all tokens one routing group.
     extra_mlp: an always-on feed-forward network behind the experts, with its own norm.
     parallel_moe: the paper's equation 4: experts and extra MLP read the same normalised input and are added together.
+    parallel_attention: in a sparse layer attention, experts and extra MLP all read the same normalised input.
+    num_shared_experts: experts of a sparse layer that every token goes to besides those it chooses, as one network of
+      that many times mlp_dim, added without a gate.
     mlp_activations: ('swiglu', 'linear') is the released models' three-factor gate with wi_0 [D, 2F];
       ('silu', 'linear') is the plain SwiGLU of the paper's text.
     inputs_bidirectional_attention: positions with decoder_causal_attention = 1 see each other both ways.
@@ -82,6 +89,8 @@ class ModelConfig:
   router: str = 'top_k'
   normalize_gates: bool = False
   allow_future_leak: bool = False
+  num_expert_groups: int = 2
+  num_selected_groups: int = 2
   bias_update_rate: float = 1e-3
   hash_seed: int = 0
   router_jitter: float = 0.0
@@ -98,6 +107,8 @@ class ModelConfig:
   dispatch: str = 'sort'
   extra_mlp: bool = True
   parallel_moe: bool = False
+  parallel_attention: bool = False
+  num_shared_experts: int = 0
   mlp_activations: Tuple[str, ...] = ('swiglu', 'linear')
   inputs_bidirectional_attention: bool = False
   dropout_rate: float = 0.0
@@ -118,11 +129,11 @@ class ModelConfig:
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     integers(self, 1, 'vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'moe_interval',
-              'num_selected_experts', 'group_size', 'min_expert_capacity', 'num_expert_replicas',
-              'attention_query_blocks', 'loss_chunk_tokens')
-    integers(self, 0, 'num_experts', 'hash_seed')
+             'num_selected_experts', 'num_expert_groups', 'num_selected_groups', 'group_size', 'min_expert_capacity',
+             'num_expert_replicas', 'attention_query_blocks', 'loss_chunk_tokens')
+    integers(self, 0, 'num_experts', 'num_shared_experts', 'hash_seed')
     not_negative(self, 'train_capacity_factor', 'eval_capacity_factor', 'dropout_rate', 'layer_norm_epsilon',
-                  'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale',
+                 'aux_loss_factor', 'router_z_loss_factor', 'z_loss', 'label_smoothing', 'init_scale',
                  'bias_update_rate', 'router_jitter')
     one_of('ModelConfig.router', self.router, ROUTERS)
     one_of('ModelConfig.priority', self.priority, PRIORITIES)
@@ -163,6 +174,14 @@ class ModelConfig:
       return
     require(self.router != 'switch' or self.num_selected_experts == 1, "ModelConfig.router = 'switch' needs "
             f'num_selected_experts = 1, not {self.num_selected_experts}')
+    if self.router == 'hierarchical':
+      groups, chosen = self.num_expert_groups, self.num_selected_groups
+      require(self.num_experts % groups == 0, f'ModelConfig.num_expert_groups = {groups} must divide num_experts = '
+              f'{self.num_experts}')
+      require(chosen <= groups and self.num_selected_experts % chosen == 0, f'ModelConfig.num_selected_groups = {chosen} '
+              f'must be at most num_expert_groups = {groups} and divide num_selected_experts = {self.num_selected_experts}')
+      require(self.num_selected_experts // chosen <= self.num_experts // groups, 'ModelConfig.num_selected_experts = '
+              f'{self.num_selected_experts} is more than {chosen} groups of {self.num_experts // groups} experts hold')
     if self.router == 'expert_choice':
       require(self.allow_future_leak, "ModelConfig.router = 'expert_choice' lets a token's experts depend on later tokens: a "
               'causal model leaks the future in training and evaluation; allow_future_leak = True accepts that')
@@ -193,15 +212,16 @@ class ModelConfig:
   def router_draws(self) -> bool:
     """Whether routing in training needs a random key."""
     return bool(self.num_experts) and (self.router_jitter > 0 or self.priority == 'random' or
-                                       self.router == 'noisy_top_k', 'hash', 'frozen', 'expert_choice')
+                                       self.router == 'noisy_top_k')
 
   @property
   def router_kernels(self) -> Dict[str, int]:
     """The router's kernels [D, width] in every sparse layer: name -> width."""
     if self.router == 'hash':
       return {}
-    more = {'noise_weights': self.num_experts} if self.router == 'noisy_top_k' else {}
-    return {'router_weights': self.num_experts, **more}
+    more = {'noisy_top_k': {'noise_weights': self.num_experts},
+            'hierarchical': {'group_weights': self.num_expert_groups}}
+    return {'router_weights': self.num_experts, **more.get(self.router, {})}
 
   def is_sparse(self, layer: int) -> bool:
     """Whether 0-based decoder layer `layer` holds experts (SPEC 1.4)."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts, dropless
-from openmoe_jax.layers import Dropout, Kernel, gate, hidden_widths, normal_init
+from openmoe_jax.layers import Dropout, GatedMLP, Kernel, gate, hidden_widths, normal_init
 from openmoe_jax.partitioning import constrain
 from openmoe_jax.routers import switch
 from openmoe_jax.routers.groups import group_tokens
@@ -97,7 +97,7 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool, token_ids: jax.Array, state: Optional[Dict[str, jax.Array]] = None
                ) -> Tuple[jax.Array, RoutingRecord]:
-    config = self.config
+    config, inputs = self.config, x
     batch, length, emb_dim = x.shape
     grouping = group_tokens(config, batch, length, train)
     padding = ((0, grouping.batch - batch), (0, grouping.length - length))
@@ -121,4 +121,8 @@ class MoE(nn.Module):
       if isinstance(assignment, SlotAssignment):
         assignment = tokens_from_slots(assignment, grouping.group_size, config.num_experts)
       record = record._replace(assignment=assignment, router_logits=logits)
-    return constrain(y[:batch, :length], 'batch', 'length', 'embed'), record
+    y = constrain(y[:batch, :length], 'batch', 'length', 'embed')
+    if config.num_shared_experts:  # DeepSeekMoE (Dai et al. 2024)
+      wide = config.replace(mlp_dim=config.num_shared_experts * config.mlp_dim)
+      y += GatedMLP(wide, name='shared_experts')(inputs, train).astype(y.dtype)
+    return y, record

@@ -29,15 +29,17 @@ def t5x_shapes(config: ModelConfig) -> Dict[str, Shape]:
   emb, joined, experts = config.emb_dim, config.num_heads * config.head_dim, config.num_experts
   widths = hidden_widths(config)
 
-  def feed_forward(prefix: str, *lead: int) -> Dict[str, Shape]:
-    shapes = {f'{prefix}/wi_{i}/kernel': (*lead, emb, width) for i, width in enumerate(widths)}
-    return {**shapes, f'{prefix}/wo/kernel': (*lead, config.mlp_dim, emb)}
+  def feed_forward(prefix: str, *lead: int, times: int = 1) -> Dict[str, Shape]:
+    shapes = {f'{prefix}/wi_{i}/kernel': (*lead, emb, times * width) for i, width in enumerate(widths)}
+    return {**shapes, f'{prefix}/wo/kernel': (*lead, times * config.mlp_dim, emb)}
 
   shapes = {'token_embedder/embedding': (config.vocab_size, emb)}
   for i in range(config.num_layers):
     layer = f'decoder/layers_{i}'
-    for name in ('pre_self_attention_layer_norm', 'pre_mlp_layer_norm'):
-      shapes[f'{layer}/{name}/scale'] = (emb,)
+    shapes[f'{layer}/pre_self_attention_layer_norm/scale'] = (emb,)
+    parallel = config.parallel_attention and config.is_sparse(i)
+    if not parallel:
+      shapes[f'{layer}/pre_mlp_layer_norm/scale'] = (emb,)
     for name in ('query', 'key', 'value'):
       shapes[f'{layer}/self_attention/{name}/kernel'] = (emb, joined)
     shapes[f'{layer}/self_attention/out/kernel'] = (joined, emb)
@@ -47,9 +49,11 @@ def t5x_shapes(config: ModelConfig) -> Dict[str, Shape]:
     shapes.update(feed_forward(f'{layer}/mlp/expert', experts))
     for name, width in config.router_kernels.items():
       shapes[f'{layer}/mlp/router/{name}/w/kernel'] = (emb, width)
+    if config.num_shared_experts:
+      shapes.update(feed_forward(f'{layer}/mlp/shared_experts', times=config.num_shared_experts))
     if config.extra_mlp:
       shapes.update(feed_forward(f'{layer}/extra_mlp'))
-      if not config.parallel_moe:  # which reads what the experts read
+      if not config.parallel_moe and not parallel:  # which read what the experts read
         shapes[f'{layer}/pre_extra_mlp_layer_norm/scale'] = (emb,)
   shapes['decoder/decoder_norm/scale'] = (emb,)
   shapes['decoder/logits_dense/kernel'] = (emb, config.vocab_size)

@@ -54,6 +54,7 @@ _PARAM_AXES = {
     'expert/wo/kernel': ('expert', 'expert_mlp', 'mlp_embed'),
     'router_weights/w/kernel': ('embed', 'unmodeled'),
     'noise_weights/w/kernel': ('embed', 'unmodeled'),
+    'group_weights/w/kernel': ('embed', 'unmodeled'),
 }
 
 STACKED = 'blocks'  # the sub-tree whose leaves carry a leading axis of blocks

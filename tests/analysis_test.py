@@ -62,6 +62,7 @@ def test_paper_models_have_the_papers_size(name, billions):
 
 
 @pytest.mark.parametrize('changes', [{}, {'extra_mlp': False}, {'parallel_moe': True}, {'num_experts': 0},
+                                     {'parallel_attention': True, 'num_shared_experts': 2},
                                      {'mlp_activations': ('silu', 'linear')}])
 def test_counts_match_the_model_that_is_built(changes):
   config = SMALL.replace(**changes)
@@ -116,7 +117,8 @@ def product_flops(jaxpr):
     {}, {'num_experts': 0}, {'dispatch': 'einsum'}, {'remat': 'full'}, {'remat': 'minimal'}, {'remat': 'dots'},
     {'remat': 'full', 'dispatch': 'einsum'}, {'remat': 'dots', 'dispatch': 'einsum'}, {'attention_query_blocks': 4},
     {'mlp_activations': ('silu', 'linear')}, {'capacity_mode': 'none'}, {'parallel_moe': True, 'remat': 'full'},
-    {'extra_mlp': False, 'remat': 'full'}, {'num_experts': 0, 'remat': 'minimal'}, {'scan_blocks': True}])
+    {'extra_mlp': False, 'remat': 'full'}, {'num_experts': 0, 'remat': 'minimal'}, {'scan_blocks': True},
+    {'parallel_attention': True, 'num_shared_experts': 2}, {'router': 'hierarchical'}])
 def test_computed_flops_are_those_of_the_training_step(changes):
   config = SMALL.replace(num_layers=2, **changes)
   params = jax.eval_shape(lambda: train_state.init_params(config, 0))

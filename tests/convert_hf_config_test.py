@@ -235,6 +235,8 @@ def test_what_cannot_be_exported():
       to_hf_config(changed, 'float32', capacity_mode='t5x')
   for changes, message in ((dict(router='sigmoid'), "ModelConfig.router = 'sigmoid' cannot be exported"),
                            (dict(normalize_gates=True), 'ModelConfig.normalize_gates = True cannot be exported'),
+                           (dict(num_shared_experts=1), 'num_shared_experts = 1 cannot be exported'),
+                           (dict(parallel_attention=True), 'ModelConfig.parallel_attention = True'),
                            (dict(priority='random'), "ModelConfig.priority = 'random' and capacity_times_k = False")):
     with pytest.raises(ConfigError, match=message):
       to_hf_config(model.replace(**changes), 'float32', capacity_mode='t5x')

@@ -116,16 +116,21 @@ def forward(config, params, batch, train):
     part = lambda start: {name[len(start):]: array for name, array in layer.items() if name.startswith(start)}
     normed = lambda name: mask * rms_norm(x, layer[f'{name}/scale'])
     mlp = lambda y, name: feed_forward(y, *(layer[f'{name}/{w}/kernel'] for w in ('wi_0', 'wi_1', 'wo')), plain)
-    x = x + attention(normed('pre_self_attention_layer_norm'), part('self_attention/'), see, config.num_heads,
-                      config.head_dim)
-    y = normed('pre_mlp_layer_norm')
-    if not config.num_experts or i % config.moe_interval != config.moe_interval - 1:
+    sparse = config.num_experts and i % config.moe_interval == config.moe_interval - 1
+    parallel = sparse and config.parallel_attention
+    y = normed('pre_self_attention_layer_norm')
+    x = x + attention(y, part('self_attention/'), see, config.num_heads, config.head_dim)
+    if not parallel:
+      y = normed('pre_mlp_layer_norm')
+    if not sparse:
       x = x + mlp(y, 'mlp')
       continue
     out, routed = moe(y, part('mlp/'), config, train, plain)
     routing.append(routed)
     x = x + out
-    if config.parallel_moe:
+    if config.num_shared_experts:
+      x = x + mlp(y, 'mlp/shared_experts')
+    if config.parallel_moe or (parallel and config.extra_mlp):
       x = x + mlp(y, 'extra_mlp')
     elif config.extra_mlp:
       x = x + mlp(normed('pre_extra_mlp_layer_norm'), 'extra_mlp')
@@ -141,18 +146,24 @@ def shapes(config):
            'decoder/logits_dense/kernel': (width, config.vocab_size)}
   for i in range(config.num_layers):
     prefix = f'decoder/layers_{i}/'
-    for norm in ('pre_self_attention_layer_norm', 'pre_mlp_layer_norm'):
+    sparse = config.num_experts and i % config.moe_interval == config.moe_interval - 1
+    parallel = sparse and config.parallel_attention
+    for norm in ('pre_self_attention_layer_norm', 'pre_mlp_layer_norm')[:1 if parallel else 2]:
       found[f'{prefix}{norm}/scale'] = (width,)
     for name in ('query', 'key', 'value'):
       found[f'{prefix}self_attention/{name}/kernel'] = (width, joined)
     found[f'{prefix}self_attention/out/kernel'] = (joined, width)
-    if config.num_experts and i % config.moe_interval == config.moe_interval - 1:
+    if sparse:
       found[f'{prefix}mlp/router/router_weights/w/kernel'] = (width, config.num_experts)
       for name, shape in network.items():
         found[f'{prefix}mlp/expert/{name}'] = (config.num_experts, *shape)
+      if config.num_shared_experts:
+        n = config.num_shared_experts
+        found.update({f'{prefix}mlp/shared_experts/{name}': (n * a, b) if name == 'wo/kernel' else (a, n * b)
+                      for name, (a, b) in network.items()})
       if config.extra_mlp:
         found.update({f'{prefix}extra_mlp/{name}': shape for name, shape in network.items()})
-        if not config.parallel_moe:
+        if not config.parallel_moe and not parallel:
           found[f'{prefix}pre_extra_mlp_layer_norm/scale'] = (width,)
     else:
       found.update({f'{prefix}mlp/{name}': shape for name, shape in network.items()})

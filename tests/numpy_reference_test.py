@@ -104,6 +104,14 @@ def test_plain_swiglu_without_extra_mlp_both_ways():
   compare(config, make_batch(3, 2, 16, 140), train=False)
 
 
+@pytest.mark.parametrize('changes', (
+    dict(parallel_attention=True),
+    dict(parallel_attention=True, extra_mlp=False, num_shared_experts=1, scan_blocks=True),
+    dict(num_shared_experts=2, mlp_activations=('silu', 'linear'))), ids=str)
+def test_experts_beside_attention_and_shared_experts(changes):
+  compare(model(**changes), make_batch(4, 2, 16, 140), train=True)
+
+
 CONFIGS = st.fixed_dictionaries(dict(
     num_experts=st.sampled_from((3, 4, 5, 8)), num_selected_experts=st.integers(1, 3),
     group_size=st.sampled_from((8, 16, 4096)), num_expert_replicas=st.integers(1, 2),

@@ -25,8 +25,17 @@ VARIANTS = {
     'hash': dict(router='hash'),
     'frozen': dict(router='frozen', normalize_gates=True),
     'expert_choice': dict(router='expert_choice', allow_future_leak=True),
+    'hierarchical': dict(router='hierarchical', num_selected_groups=1),
+    'shared experts': dict(num_shared_experts=1),
+    'parallel attention': dict(parallel_attention=True, extra_mlp=True),
     'noisy_top_k': dict(router='noisy_top_k', aux_loss_factor=0.1),
 }
+
+
+def test_which_routers_draw():
+  drawing = {name for name, changes in VARIANTS.items() if MODEL.replace(**changes).router_draws}
+  assert drawing == {'random priority', 'switch', 'noisy_top_k'}  # switch: by its jitter
+  assert not MODEL.replace(num_experts=0, router_jitter=0.1).router_draws
 
 
 def make_batch():

@@ -71,6 +71,31 @@ def expert_choice(logits, capacity):
   return token, gate
 
 
+def hierarchical(logits, group_logits, per_group, selected_groups):
+  """Shazeer et al. 2017, appendix B without noise.
+
+  Args:
+    logits: [G, T, E], group_logits: [G, T, A].
+    per_group, selected_groups: how many experts of each of how many groups.
+
+  Returns:
+    [G][T] lists of experts, most probable first, and the probabilities of all experts [G, T, E].
+  """
+  logits, group_logits = np.asarray(logits, np.float64), np.asarray(group_logits, np.float64)
+  size = logits.shape[2] // group_logits.shape[2]
+  probs, wants = np.zeros(logits.shape), []
+  for g in range(logits.shape[0]):
+    wants.append([])
+    for t in range(logits.shape[1]):
+      primary, found = softmax(group_logits[g, t]), []
+      for a in range(len(primary)):
+        probs[g, t, a * size:(a + 1) * size] = primary[a] * softmax(logits[g, t, a * size:(a + 1) * size])
+      for a in largest(primary, selected_groups):
+        found += [a * size + e for e in largest(probs[g, t, a * size:(a + 1) * size], per_group)]
+      wants[-1].append(sorted(found, key=lambda e, g=g, t=t: -probs[g, t, e]))
+  return wants, probs
+
+
 def noisy_top_k(logits, raw_scale, noise, selected):
   """Shazeer et al. 2017, equations 3 to 11, token by token.
 

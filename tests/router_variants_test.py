@@ -313,6 +313,34 @@ def test_expert_choice_does_not_generate_or_score_without_capacity():
     scoring.score(config, None, tokens, lengths, np.array([1]))
 
 
+# Two-level experts.
+
+
+@pytest.mark.parametrize('groups, chosen, selected, normalize', ((2, 1, 2, False), (2, 2, 2, True), (4, 2, 2, False)))
+def test_hierarchical(groups, chosen, selected, normalize):
+  logits = random_logits(21)
+  group_logits = np.random.RandomState(22).randn(GROUPS, TOKENS, groups).astype(np.float32)
+  config = model(router='hierarchical', num_expert_groups=groups, num_selected_groups=chosen,
+                 num_selected_experts=selected, normalize_gates=normalize)
+  got = route(config, logits, 3, more_logits=group_logits)
+  wants, probs = reference.hierarchical(logits, group_logits, selected // chosen, chosen)
+  gate = reference.pick(probs, wants)
+  gate = gate / gate.sum(axis=-1, keepdims=True) if normalize else gate
+  check(got, wants, gate, POSITIONS, 3)
+  np.testing.assert_allclose(got.auxiliary_loss, reference.balance(probs, wants), rtol=3e-6)
+
+
+def test_hierarchical_by_hand():
+  """Group 1 has probability 3/4, its experts 1/3 and 2/3: 1/4 and 1/2; group 0 has 1/4, of which 7/8 are expert 1's."""
+  logits, group_logits = np.log([[[1., 7., 1., 2.]]]), np.log([[[1., 3.]]])
+  config = model(router='hierarchical')
+  both = route(config, logits, 4, more_logits=group_logits.astype(np.float32)).assignment
+  one = route(config.replace(num_selected_groups=1), logits, 4, more_logits=group_logits.astype(np.float32)).assignment
+  assert both.expert_index.tolist() == [[[3, 1]]] and one.expert_index.tolist() == [[[3, 2]]]
+  np.testing.assert_allclose(both.gate, [[[1 / 2, 7 / 32]]], rtol=1e-6)
+  np.testing.assert_allclose(one.gate, [[[1 / 2, 1 / 4]]], rtol=1e-6)
+
+
 # Options of all routers in which tokens choose.
 
 
@@ -365,8 +393,13 @@ def test_capacity_times_k(selected):
     (dict(router='expert_choice', allow_future_leak=True, priority='random'), 'has no order of tokens'),
     (dict(router='expert_choice', allow_future_leak=True, capacity_mode='none', dispatch='dropless'),
      "dispatch = 'dropless' go with"),
+    (dict(router='hierarchical', num_expert_groups=3), 'num_expert_groups = 3 must divide num_experts = 4'),
+    (dict(router='hierarchical', num_selected_groups=3), 'must be at most num_expert_groups = 2 and divide'),
+    (dict(router='hierarchical', num_selected_groups=1, num_selected_experts=3),
+     'num_selected_experts = 3 is more than 1 groups of 2 experts hold'),
+    (dict(num_shared_experts=-1), 'num_shared_experts = -1 must be an integer of at least 0'),
     (dict(router='hash', router_jitter=0.1), "router = 'hash' does not look at the input: it needs router_jitter = 0"),
-    (dict(router='hash', normalize_gates=True), "it is for 'top_k', 'sigmoid', 'frozen'"),
+    (dict(router='hash', normalize_gates=True), "it is for 'top_k', 'sigmoid', 'frozen', 'hierarchical'"),
     (dict(router='noisy_top_k', num_selected_experts=1), "router = 'noisy_top_k' needs num_selected_experts of at least 2"),
     (dict(router='swich'), "router = 'swich' is not known; valid: 'top_k', 'switch'"),
     (dict(priority='first'), "priority = 'first' is not known; valid: 'position', 'reversed', 'random'"),

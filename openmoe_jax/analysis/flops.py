@@ -83,6 +83,7 @@ def _forward(config: ModelConfig, keys: float, slots: float) -> Dict[str, float]
       'attention scores': layers * 2 * 2 * keys * width,
       'feed-forward': dense * feed_forward_flops(config),
       'extra feed-forward': sparse * feed_forward_flops(config) if config.extra_mlp else 0,
+      'shared experts': sparse * config.num_shared_experts * feed_forward_flops(config),
       'experts': sparse * slots * feed_forward_flops(config),
       'router': sparse * 2 * config.emb_dim * sum(config.router_kernels.values()),
       'output matrix': 2 * config.emb_dim * config.vocab_size,

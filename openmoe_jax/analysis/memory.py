@@ -94,8 +94,9 @@ def layer_activation_bytes(config: ModelConfig, length: int, rows: int, sparse: 
     return 2 * norm + attention + feed_forward
   slots = slots_per_token(config, length, rows)
   experts = slots * act * (hidden / model_axis + 2 * emb) + 4 * 3 * config.num_experts
-  extra = norm + feed_forward if config.extra_mlp else 0
-  return 2 * norm + attention + experts + extra
+  networks = config.extra_mlp + config.num_shared_experts
+  norms = 1 if config.parallel_attention else 2 + config.extra_mlp
+  return norms * norm + attention + experts + networks * feed_forward
 
 
 def _query_blocks(config: ModelConfig, length: int) -> int:
@@ -110,7 +111,7 @@ def kept_bytes(config: ModelConfig, sparse: bool, model_axis: int) -> float:
   if config.remat in ('minimal', 'dots'):
     size += outputs * config.emb_dim * act
   if config.remat == 'dots':
-    networks = (1 if config.extra_mlp else 0) if sparse else 1
+    networks = config.extra_mlp + config.num_shared_experts if sparse else 1
     size += act * (3 * config.num_heads * config.head_dim + networks * sum(hidden_widths(config))) / model_axis
   return size
 

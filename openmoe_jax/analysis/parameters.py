@@ -14,6 +14,7 @@ from openmoe_jax.names import t5x_shapes
 # What a parameter belongs to -> a part of its name; the first that occurs decides.
 _PARTS = (('input embedding', '/token_embedder/'), ('output matrix', '/logits_dense/'), ('norms', 'norm/'),
           ('attention', '/self_attention/'), ('experts', '/mlp/expert/'), ('router', '/mlp/router/'),
+          ('shared experts', '/mlp/shared_experts/'),
           ('extra feed-forward', '/extra_mlp/'), ('feed-forward', '/mlp/'))
 
 

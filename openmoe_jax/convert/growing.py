@@ -27,7 +27,8 @@ _NEW_ROW_STD = 0.01  # relative to that of the old rows
 
 _DENSE_MATHS = ('vocab_size', 'emb_dim', 'mlp_dim', 'num_heads', 'head_dim', 'num_layers', 'mlp_activations',
                 'layer_norm_epsilon', 'inputs_bidirectional_attention')
-_SPARSE_MATHS = ('moe_interval', 'num_experts', 'num_selected_experts', 'router', 'extra_mlp', 'parallel_moe')
+_SPARSE_MATHS = ('moe_interval', 'num_experts', 'num_selected_experts', 'router', 'extra_mlp', 'parallel_moe', 'parallel_attention',
+                 'num_shared_experts', 'normalize_gates', 'num_expert_groups', 'num_selected_groups', 'hash_seed')
 
 
 class _Reader:
@@ -168,6 +169,8 @@ class UpcycledSource(_Grown):
             'from a dense checkpoint, with num_experts = 0')
     require(model.num_experts > 0, 'upcycling leads to a sparse model, but ModelConfig.num_experts = 0')
     _require_equal(f'upcycling {dense.where}, dense model and sparse', dense.model, model, _DENSE_MATHS)
+    require(not model.parallel_attention and not model.num_shared_experts, 'upcycling leads to a model without '
+            f'parallel_attention and num_shared_experts, not to {model.parallel_attention} and {model.num_shared_experts}')
     require(model.extra_mlp or experts != 'behind', "experts = 'behind' needs ModelConfig.extra_mlp = True, which "
             "takes the dense FFN; without it, experts = 'copies' is what can be done")
     self.where, self.model, self.run = dense.where, model, _with_model(dense.run, model)

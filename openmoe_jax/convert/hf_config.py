@@ -95,6 +95,9 @@ def to_hf_config(model: ModelConfig, dtype: str, capacity_mode: str = 'none',
           "the router 'top_k' only")
   require(not model.inputs_bidirectional_attention, 'ModelConfig.inputs_bidirectional_attention = True cannot be '
           'exported: attention of the PyTorch model is causal')
+  require(not model.parallel_attention and not model.num_shared_experts, 'ModelConfig.parallel_attention = '
+          f'{model.parallel_attention} and num_shared_experts = {model.num_shared_experts} cannot be exported: the PyTorch '
+          'model has neither')
   require(not model.normalize_gates, 'ModelConfig.normalize_gates = True cannot be exported: gates of the PyTorch model '
           'are probabilities')
   require(capacity_mode == 'none' or (model.priority == 'position' and not model.capacity_times_k),
