@@ -1,7 +1,7 @@
 """Averages of training metrics between two logged steps; part of a checkpoint, so that a resumed run logs the same."""
 
 import math
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 
@@ -20,11 +20,14 @@ class MetricWindow:
     self._count = saved.get('count', 0)
     self._sums: Dict[str, np.ndarray] = {k: np.asarray(v, np.float64) for k, v in saved.get('sums', {}).items()}
     self._last: Dict[str, Any] = dict(saved.get('last', {}))
+    self._hashes: List[str] = list(saved.get('batch_hashes', ()))
     self.target_tokens = saved.get('target_tokens', 0)
 
-  def add(self, metrics: Mapping[str, np.ndarray]) -> None:
-    """Takes one step's metrics (host arrays)."""
+  def add(self, metrics: Mapping[str, np.ndarray], batch_hash: Optional[int] = None) -> None:
+    """Takes one step's metrics (host arrays), and the name of its batch (`batch_hash`)."""
     self._count += 1
+    if batch_hash is not None:
+      self._hashes.append(f'{int(batch_hash):08x}')
     self.target_tokens += int(round(float(metrics[_SUM])))
     for name, value in metrics.items():
       if name in _LAST:
@@ -33,17 +36,19 @@ class MetricWindow:
         self._sums[name] = self._sums.get(name, 0.) + np.asarray(value, np.float64)
 
   def means(self) -> Dict[str, Any]:
-    """Means over the window; `num_target_tokens` is the mean of a step, `target_tokens` the sum since the run began."""
+    """Means over the window; `num_target_tokens` is the mean of a step, `target_tokens` the sum since the run began,
+    `batch_hashes` has the name of every step's batch."""
+    hashes = {'batch_hashes': list(self._hashes)} if self._hashes else {}
     return {**{name: to_plain(value / self._count) for name, value in self._sums.items()}, **self._last,
-            'target_tokens': self.target_tokens}
+            'target_tokens': self.target_tokens, **hashes}
 
   def restart(self) -> None:
-    self._count, self._sums, self._last = 0, {}, {}
+    self._count, self._sums, self._last, self._hashes = 0, {}, {}, []
 
   def state(self) -> Dict[str, Any]:
     """JSON values that `MetricWindow(saved)` goes on from."""
     return {'count': self._count, 'sums': to_plain(self._sums), 'last': dict(self._last),
-            'target_tokens': self.target_tokens}
+            'target_tokens': self.target_tokens, 'batch_hashes': list(self._hashes)}
 
   def __len__(self) -> int:
     return self._count

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe_jax import launch
+from openmoe_jax.batch_hash import batch_hash
 from openmoe_jax.checkpoints import Checkpointer
 from openmoe_jax.config import RunConfig
 from openmoe_jax.evaluation import Evaluator
@@ -92,11 +93,13 @@ class TrainingLoop:
     first = time.monotonic()
     self._progress.say('compiling the training step ...')
     while step < end:
-      state, metrics = self._train_step(state, self._to_global(next(self._streams)))
+      batch = self._to_global(next(self._streams))  # on its way to the devices while they compute the step before
+      name = batch_hash(batch)
+      state, metrics = self._train_step(state, batch)
       step += 1
       if under_way:  # the metrics of one step are fetched while the next one is computed
         self._account(*under_way)
-      under_way = (step, metrics)
+      under_way = (step, metrics, name)
       stopping = stop.after(step)
       evaluate = self._due(self._run.train.eval_period, step)
       evaluate_tasks = self._tasks_due(step)
@@ -126,15 +129,15 @@ class TrainingLoop:
   def _tasks_due(self, step: int) -> bool:
     return self._tasks is not None and self._due(self._run.eval.period, step) and self._tasks_done != step
 
-  def _account(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Waits for a step's metrics, checks and adds them up, and logs if it is time."""
-    values = jax.device_get(metrics)
+  def _account(self, step: int, metrics: Mapping[str, jax.Array], name: jax.Array) -> None:
+    """Waits for a step's metrics and its batch's name, checks and adds them up, and logs if it is time."""
+    values, name = jax.device_get((metrics, name))
     self._checkpointer.check()
     self._progress.clock.tick()
     broken = not_finite(values)
     if broken and self._run.train.stop_on_nan:
       self._stop(step, f'{broken} is {float(values[broken])}')
-    self._window.add(values)
+    self._window.add(values, name)
     logged = self._due(self._run.train.log_period, step)
     if logged:
       self._log(step)
