@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
     with tqdm(total=len(rows), desc='log-likelihoods', disable=disable_tqdm) as bar:
       for numbers, ids, lengths in text_decoding.batches(rows, self.batch_size):
         prefixes = np.asarray([len(requests[i][1]) for i in numbers])
-        got = scoring.score(self.model.config, self.model.params, ids, lengths, prefixes, self.capacity_mode,
+        got = scoring.score(self.model.config, self.model.variables, ids, lengths, prefixes, self.capacity_mode,
                             mesh=self.model.mesh)
         for row, i in enumerate(numbers):
           results[i] = float(got.log_probs[row]), bool(got.greedy[row])

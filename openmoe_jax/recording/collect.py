@@ -127,7 +127,7 @@ def _record_batch(model: Any, config: Any, policy: policies.Policy, number: int,
   rows = len(batch['decoder_input_tokens'])
   token_parts, choice_parts, groups = [], [], 0
   for start, part in _parts(batch, policy.rows_together or rows):
-    routing = forward(config, model.params, part, model.mesh)
+    routing = forward(config, model.variables, part, model.mesh)
     first_group = number * (rows // len(part['decoder_input_tokens'])) * routing.grouping.num_groups + groups
     token_parts.append(tables.token_columns(routing, part, number * rows + start, first_group))
     choice_parts.append([tables.layer_columns(routing, layer) for layer in range(config.num_sparse_layers)])

@@ -11,7 +11,7 @@ import numpy as np
 from openmoe_jax import decoding, scoring
 from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.model import OpenMoE
+from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.routers.groups import Grouping, group_tokens
 from openmoe_jax.routers.top_k import queue_positions
 
@@ -48,7 +48,7 @@ def forward(config: ModelConfig, params: Any, batch: Mapping[str, np.ndarray], m
 
   Args:
     config: of `policies.configure`.
-    params: in the layout of `config.scan_blocks`.
+    params: in the layout of `config.scan_blocks`, or `Model.variables`.
     batch: int32 [B, L] arrays, the features that `OpenMoE` takes.
     mesh: devices, those of `params`.
   """
@@ -71,7 +71,7 @@ def _run(config: ModelConfig, params: Any, batch: Mapping[str, jax.Array]):
   tokens, targets = batch['decoder_input_tokens'], batch['decoder_target_tokens']
   rows, length = tokens.shape
   model = OpenMoE(config, record_routing=True)
-  hidden, kernel, record = model.apply({'params': params}, batch, False, method='features')
+  hidden, kernel, record = model.apply(variables(params), batch, False, method='features')
   log_probs, _ = scoring.log_likelihoods(hidden, kernel, targets, config.loss_chunk_tokens)
   assignment = record.assignment
   grouping = group_tokens(config, rows, length, train=False)
