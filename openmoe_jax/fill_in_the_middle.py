@@ -128,8 +128,8 @@ def fill_in_the_middle(dataset: Dataset, sequence_length: Lengths, output_featur
     text_bytes: see `denoising.cut_texts`.
 
   Returns:
-    {'targets'}: int32 vectors no longer than `sequence_length`. Those with marks end with EOS; the others do if the text
-    ends there.
+    {'targets'}: int32 vectors no longer than `sequence_length`. Those with marks end with EOS; the others do if the
+    text ends there.
   """
   require(bool(sequence_length) and 'targets' in sequence_length, "this objective needs the length of 'targets' in "
           'DataConfig.task_feature_lengths')

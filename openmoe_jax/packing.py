@@ -110,8 +110,8 @@ def best_fit(dataset: Any, lengths: Mapping[str, int], open_rows: int) -> Any:
   """Packing into the fullest of `open_rows` unfinished rows that has room.
 
   A row that is full is given at once. Where none has room, the fullest is given, and the example begins another one. A
-  row after whose beginning 32 * `open_rows` others were given is given next, so that no example waits for more than 34 *
-  `open_rows` rows. At the end the rest come, the fullest first.
+  row after whose beginning 32 * `open_rows` others were given is given next, so that no example waits for more than
+  34 * `open_rows` rows. At the end the rest come, the fullest first.
   """
   names = sorted(lengths)
   empty = {name: tf.zeros([0], tf.int32) for name in names}

@@ -33,7 +33,8 @@ def test_medians_and_shares_are_over_the_turns():
 
 @pytest.mark.parametrize('arguments, message', [
     (['--turns=0'], '--turns=0 must be positive'), (['--row_length=7'], '--row_length=7 must be even'),
-    (['--objectives=ul3'], "'demo_ul3' is not a registered mixture or task"), (['--batch=3'], 'unknown argument --batch'),
+    (['--objectives=ul3'], "'demo_ul3' is not a registered mixture or task"),
+    (['--batch=3'], 'unknown argument --batch'),
     (['--data_set=mix', '--tfds_data_dir=/no/such/folder'], 'is not a folder')])
 def test_mistakes_are_one_line(capsys, arguments, message):
   with pytest.raises(SystemExit) as stopped:

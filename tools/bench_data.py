@@ -166,8 +166,8 @@ def settle(patience: float = 5.) -> None:
 
 def lines(args: Any, found: Dict[str, Dict[str, float]]) -> List[str]:
   """The figures as Markdown, and what follows from them."""
-  text = [f'{args.data_set}, rows of {args.row_length:,}, {args.batch_size} a batch, {args.streams} stream(s), {args.open_rows} open row(s), '
-          f'{os.cpu_count()} cores, medians of {args.turns} turns', '',
+  text = [f'{args.data_set}, rows of {args.row_length:,}, {args.batch_size} a batch, {args.streams} stream(s), '
+          f'{args.open_rows} open row(s), {os.cpu_count()} cores, medians of {args.turns} turns', '',
           '| | tokens/s | tokens per CPU-s | useful tokens per CPU-s | fill | useful of all places | set-up, CPU-s |',
           '|---|---|---|---|---|---|---|']
   for name, own in found.items():
