@@ -13,7 +13,7 @@ from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.routers.groups import Grouping, group_tokens
-from openmoe_jax.routers.top_k import queue_positions
+from openmoe_jax.routers.slots import queue_positions
 
 
 class Routing(NamedTuple):
