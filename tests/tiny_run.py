@@ -34,7 +34,7 @@ def tiny_run(model_dir: Any, model: Dict[str, Any] = {}, data: Dict[str, Any] = 
 def gin_text(run: RunConfig) -> str:
   """The settings as a gin file."""
   sections = {'model': 'ModelConfig', 'data': 'DataConfig', 'mesh': 'MeshConfig', 'optimizer': 'OptimizerConfig',
-              'checkpoint': 'CheckpointConfig', 'train': 'TrainConfig'}
+              'checkpoint': 'CheckpointConfig', 'train': 'TrainConfig', 'eval': 'EvalConfig'}
   lines = []
   for name, value in flatten(run).items():
     section, _, field = name.rpartition('.')
