@@ -153,8 +153,9 @@ def _describe_tokens(model: Any, batch: Mapping[str, np.ndarray], assignment: An
   kept = np.asarray(assignment.kept).reshape(layers, -1, selected)
   lines = ['  experts of the first tokens (in brackets: the expert was full), by layer '
            + ', '.join(map(str, sparse_layers(model)))]
+  full = '' if model.router == 'expert_choice' else '({})'  # where experts choose, the others were not asked
+  choice = lambda e, k: str(e) if k else full.format(e)
   for t, token in enumerate(tokens):
-    choice = lambda e, k: str(e) if k else f'({e})'
-    places = '   '.join(' '.join(map(choice, experts[layer, t], kept[layer, t])) for layer in range(layers))
+    places = '   '.join(' '.join(filter(None, map(choice, experts[layer, t], kept[layer, t]))) for layer in range(layers))
     lines.append(f'    {vocabulary.decode([int(token)])!r:>16}  {places}')
   return lines

@@ -142,6 +142,8 @@ def _suite(run: RunConfig) -> Any:
   """The evaluation tasks that are to run during training, with their data; None if there are none."""
   if not run.eval.tasks or not run.eval.period:
     return None
+  require(run.model.router != 'expert_choice', f'EvalConfig.tasks = {run.eval.tasks} generate and score text, which '
+          "ModelConfig.router = 'expert_choice' cannot; EvalConfig.tasks = () trains without them")
   from openmoe_jax.task_eval.suite import Suite
   return Suite(run.eval, run.data, perplexity=False)
 

@@ -125,7 +125,10 @@ def test_every_mesh_equals_one_device(shape):
     (dict(dispatch='einsum'), (2, 4, 1), 1), (dict(scan_blocks=False, remat='minimal'), (2, 2, 2), 1),
     ({}, (2, 1, 2), 2), (dict(num_experts=3, group_size=64), (8, 1, 1), 1),
     (dict(num_experts=6, group_size=7), (4, 2, 1), 1), (dict(num_experts=0, moe_interval=1), (2, 2, 2), 1),
-    (dict(batch_prioritized=True, ignore_padding_tokens=True), (2, 2, 2), 1)), ids=str)
+    (dict(batch_prioritized=True, ignore_padding_tokens=True), (2, 2, 2), 1),
+    (dict(router='sigmoid', normalize_gates=True, num_shared_experts=1), (2, 2, 2), 1),
+    (dict(router='expert_choice', allow_future_leak=True, parallel_attention=True), (2, 2, 2), 1),
+    (dict(priority='random', router_jitter=0.1), (2, 4, 1), 1)), ids=str)
 def test_other_models_on_a_mesh(changes, shape, microbatches):
   """Among them groups whose number the mesh does not divide."""
   compare(model(**changes), shape, microbatches)

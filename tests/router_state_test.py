@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from openmoe_jax import decoding, loading, resume
+from openmoe_jax import loading, resume
 from openmoe_jax.checkpoints import Checkpointer
 from openmoe_jax.config import CheckpointConfig, ConfigError, ModelConfig
 from openmoe_jax.convert.orbax import OrbaxSource
@@ -148,17 +148,6 @@ def test_a_checkpoint_of_another_router_is_no_damage(tmp_path):
   template, _ = born_sharded(changed, optimizer, make_mesh(run.mesh, jax.devices()[:1]))
   with pytest.raises(ConfigError, match="holds no router_state, which ModelConfig.router = 'sigmoid' needs"):
     Checkpointer(changed).restore(template)
-
-
-def test_decoding_uses_the_state(three_steps):
-  """Greedy continuation against the argmax of the whole forward pass."""
-  state = three_steps[-1][0]
-  prompt = make_batch()['decoder_target_tokens'][:2, :5]
-  got = decoding.generate(MODEL, state.variables, prompt, [5, 5], 1, eos_id=None)
-  tokens = np.pad(prompt, ((0, 0), (1, 0)))
-  batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': np.ones_like(tokens)}
-  logits = jit(lambda v: OpenMoE(MODEL.replace(capacity_mode='none')).apply(v, batch))(state.variables)
-  np.testing.assert_array_equal(got.tokens[:, 0], np.argmax(logits[:, -1], axis=-1))
 
 
 @pytest.mark.parametrize('state, message', (
