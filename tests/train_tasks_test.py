@@ -1,5 +1,6 @@
 """Evaluation tasks during training: when, with which figures, and after a stop."""
 
+import dataclasses
 import json
 
 import pytest
@@ -24,7 +25,6 @@ def folder(tmp_path):
 
 
 def settings(folder, model_dir, train_steps=4, **changes):
-  import dataclasses
   run = tiny_run.tiny_run(model_dir, data={'task_feature_lengths': {'targets': 64}}, checkpoint={'period': 0},
                           train=dict(train_steps=train_steps, eval_period=0, log_period=1, plots=True))
   return dataclasses.replace(run, eval=EvalConfig(**{**dict(tasks=('boolq',), period=2, data_dir=str(folder)), **changes}))
@@ -57,4 +57,8 @@ def test_mistakes_come_before_training(folder, tmp_path, monkeypatch):
   for changes, message in (({'data_dir': ''}, 'task boolq has no data'), ({'tasks': ('boolk',)}, 'did you mean boolq')):
     with pytest.raises(ConfigError, match=message):
       train_lib.train(settings(folder, tmp_path / 'run', **changes))
+  run = settings(folder, tmp_path / 'run')
+  chooses = dataclasses.replace(run, model=run.model.replace(router='expert_choice', allow_future_leak=True))
+  with pytest.raises(ConfigError, match="generate and score text, which ModelConfig.router = 'expert_choice' cannot"):
+    train_lib.train(chooses)
   assert not (tmp_path / 'run').exists()
