@@ -96,6 +96,7 @@ def _initial(args: argparse.Namespace, model: Any) -> Any:
   require(not run.checkpoint.initial_checkpoint_path, '--initialization: the run did not begin with random parameters, but '
           f'from {run.checkpoint.initial_checkpoint_path}')
   params = jax.jit(init_params, static_argnums=(0, 1))(model.config, run.train.seed)
+  params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, model.params))  # one compiled pass for all steps
   return loading.Model(model.config, params, 0, model.run)
 
 

@@ -1,15 +1,17 @@
 """Text of many kinds that a machine with Python has, to see how a model's routing differs from one to the other.
 
-* module_*: the standard library's sources by package (the demo's own text), splits train, validation and all;
+* module_*: the standard library's sources by package (the demo's own text);
+* part_*: comments, docstrings, interactive sessions and headings of definitions in those sources;
 * language_*: sources in other programming languages among the packages that are installed beside this one;
 * manual_*: the system's translated manual pages by natural language.
 
-The last two are in no demo model's training data; they have one split, all. Nothing is downloaded; a task whose text this
+The first two have the splits train, validation and all. The others are in no demo model's training data and have all. Nothing is downloaded; a task whose text this
 machine does not have says so when it is read, and `available` names the others. Tasks are called NAME_OBJECTIVE.
 """
 
 import functools
 import gzip
+import inspect
 import os
 import re
 import sysconfig
@@ -60,6 +62,30 @@ def module_documents(name: str, split: str) -> Tuple[Document, ...]:
   splits = standard_library.SPLITS if split == ALL else (split,)
   return tuple(document for own in splits for document in standard_library.documents('code', own)
                if document.file.startswith(name + '/'))
+
+
+def _sessions(source: str) -> str:
+  """The interactive sessions in docstrings: prompts, what is typed, and what is printed."""
+  blocks = re.findall(r'^[ \t]*>>> .*(?:\n[ \t]*\S.*)*', '\n'.join(standard_library.docstrings(source)), re.MULTILINE)
+  return '\n\n'.join(inspect.cleandoc(block) for block in blocks)
+
+
+PARTS = {
+    'comments': lambda source: '\n'.join(re.findall(r'^[ \t]*# ?(.*)', source, re.MULTILINE)),
+    'docstrings': lambda source: '\n\n'.join(standard_library.docstrings(source)),
+    'sessions': _sessions,
+    'headings': lambda source: '\n'.join(line.strip() for line in re.findall(r'^[ \t]*(?:class|def) .*:$', source,
+                                                                              re.MULTILINE)),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def part_documents(name: str, split: str) -> Tuple[Document, ...]:
+  """One part of every source of the standard library that has it."""
+  splits = standard_library.SPLITS if split == ALL else (split,)
+  texts = (Document(document.file, PARTS[name](document.text) + '\n') for own in splits
+           for document in standard_library.documents('code', own))
+  return tuple(document for document in texts if document.text.strip())
 
 
 @functools.lru_cache(maxsize=None)
@@ -113,6 +139,7 @@ def manual_text(page: str) -> str:
 
 
 KINDS = {**{f'module_{name}': functools.partial(module_documents, name) for name in MODULES},
+         **{f'part_{name}': functools.partial(part_documents, name) for name in PARTS},
          **{f'language_{name}': functools.partial(language_documents, name) for name in LANGUAGES},
          **{f'manual_{name}': functools.partial(manual_documents, name) for name in MANUALS}}
 
@@ -128,7 +155,7 @@ class DomainSource(demo.DocumentSource):
 
   def __init__(self, name: str):
     self._name = name
-    splits = (*standard_library.SPLITS, ALL) if name.startswith('module_') else (ALL,)
+    splits = (*standard_library.SPLITS, ALL) if name.startswith(('module_', 'part_')) else (ALL,)
     super().__init__(KINDS[name], splits)
 
   def get_dataset(self, split: str = ALL, shuffle: bool = True, seed=None, shard_info=None):

@@ -31,6 +31,30 @@ def test_packages_of_the_standard_library():
   assert parts[0] | parts[1] == set(whole) and not parts[0] & parts[1]
 
 
+SOURCE = '''"""First.
+
+>>> f(1)
+2
+>>> f(
+...   2)
+3
+
+Last.
+"""
+# why
+class A:
+  def f(self):  # how
+    return 1  # not at the beginning
+'''
+
+
+def test_parts_of_a_source():
+  got = {name: part(SOURCE) for name, part in domains.PARTS.items()}
+  assert got == {'comments': 'why', 'sessions': '>>> f(1)\n2\n>>> f(\n...   2)\n3', 'headings': 'class A:',
+                 'docstrings': 'First.\n\n>>> f(1)\n2\n>>> f(\n...   2)\n3\n\nLast.'}
+  assert len(domains.part_documents('sessions', 'all')) < len(domains.part_documents('docstrings', 'all'))
+
+
 def test_what_a_machine_has(tmp_path, monkeypatch):
   folder = tmp_path / 'pl' / 'man1'
   folder.mkdir(parents=True)

@@ -77,6 +77,22 @@ def test_a_domain_is_shuffled_by_rows():
   assert found.p_value > .02 and found.null.low < found.normalized.value < 2 * found.null.high
 
 
+def test_what_is_added_to_the_token_id():
+  """Where the id decides half of the time and the domain the other half, the domain adds what the id lacks; what follows
+  the id's own frequencies adds nothing."""
+  row, position, ids, rng = tokens(3)
+  domain = row % 2
+  expert = np.where(domain == 0, ids % EXPERTS, (ids + 1) % EXPERTS)  # both together decide
+  alone = routing_statistics.dependence(expert, ids, row, permutations=20).normalized.value
+  added = routing_statistics.added_dependence(expert, domain, ids, row).normalized
+  assert alone + added.value == pytest.approx(1., abs=.03) and added.low > .15
+  nothing = routing_statistics.added_dependence(ids % EXPERTS, ids // 3, ids, row)
+  np.testing.assert_allclose(nothing.normalized, 0., atol=1e-12)
+  assert nothing.p_value == 1.
+  chance = routing_statistics.added_dependence(rng.integers(0, EXPERTS, len(row)), position // 8, ids, row)
+  assert chance.normalized.value == pytest.approx(0., abs=.02) and chance.normalized.low < 0 < chance.null.high
+
+
 def test_predictability():
   expert, row, variables = router('token')
   found = routing_statistics.predictability(expert, variables['token'], row)

@@ -91,6 +91,47 @@ def _shuffle(codes: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> n
   return rng.permutation(codes)
 
 
+def added_dependence(expert: np.ndarray, variable: np.ndarray, given: np.ndarray, rows: np.ndarray,
+                     min_count: int = MIN_COUNT, permutations: int = 30, seed: int = 0) -> Dependence:
+  """What a variable says about the expert beyond what `given` (the token id) says already.
+
+  It is the mutual information given that, over the entropy of the expert, so that 1 minus the dependence on the token id
+  alone is the most there could be. Tokens count whose pair of values occurs at least `min_count` times; shuffled is among
+  the tokens of the same `given`.
+  """
+  _, own = np.unique(variable, return_inverse=True)
+  _, base = np.unique(given, return_inverse=True)
+  _, pairs, counts = np.unique(base.astype(np.int64) * (int(own.max()) + 1) + own, return_inverse=True, return_counts=True)
+  frequent = counts[pairs] >= min_count
+  require(int(frequent.sum()) >= _LEAST_TOKENS, f'mutual information: only {int(frequent.sum())} tokens have a pair of '
+          f'values that occurs at least {min_count} times, {_LEAST_TOKENS} are needed; record more tokens')
+  expert, own, rows = np.asarray(expert)[frequent], own[frequent], np.asarray(rows)[frequent]
+  _, base = np.unique(base[frequent], return_inverse=True)
+  width, experts = int(own.max()) + 1, int(expert.max()) + 1
+
+  def told_by(codes, of):
+    _, codes = np.unique(codes[of], return_inverse=True)
+    counts = np.bincount(codes * experts + expert[of], minlength=(int(codes.max()) + 1) * experts)
+    return information(counts.reshape(-1, experts))
+
+  def added(own, of=slice(None)):
+    joint, entropy = told_by(base.astype(np.int64) * width + own, of)
+    return (joint - told_by(base, of)[0]) / max(entropy, 1e-12)
+
+  rng, order = np.random.default_rng(seed), np.argsort(base, kind='stable')
+  shuffled = []
+  for _ in range(permutations):
+    moved = np.empty_like(own)
+    moved[order] = own[np.lexsort((rng.random(len(base)), base))]
+    shuffled.append(added(moved))
+  chance = np.mean(shuffled)
+  null, whole = np.asarray(shuffled) - chance, added(own) - chance
+  found = resampling.jackknife(whole, lambda left_out: added(own, ~left_out) - chance, resampling.blocks_of(rows))
+  return Dependence(found, Estimate(0., *(float(q) for q in np.quantile(null, (.025, .975)))),
+                    float((1 + np.sum(null >= whole - 1e-12)) / (1 + permutations)), len(expert),
+                    len(np.unique(base.astype(np.int64) * width + own)))
+
+
 class Predictability(NamedTuple):
   """Attributes:
     accuracy: how often the expert that a token id had most often elsewhere is the expert; held out by blocks of rows.
