@@ -6,6 +6,8 @@ import pytest
 
 from openmoe_jax.tools import bench_data
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 
 def test_figures_agree(capsys, tmp_path):
   written = tmp_path / 'figures.json'

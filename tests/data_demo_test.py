@@ -10,6 +10,8 @@ from openmoe_jax.tasks import pretraining
 from openmoe_jax.tools import data_demo, prepare_data
 from tests import raw_data
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 TEXTS = [f'Text {i}, ünïcödé 漢字.\n' * 3 for i in range(9)]
 
 

@@ -22,6 +22,8 @@ from openmoe_jax.train_step import make_train_step
 from tests import numpy_reference, tiny_run
 from tests.quick_jit import COMPILER_OPTIONS, jit
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 SETTINGS = dict(model=dict(emb_dim=8, mlp_dim=8, head_dim=4), data=dict(eval_split=''), checkpoint=dict(period=0),
                 train=dict(train_steps=4, num_microbatches=2, plots=False))
 

@@ -5,6 +5,8 @@ import pytest
 
 from openmoe_jax.tools import preparation_study
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 
 @pytest.mark.parametrize('kind, groups', [('parquet', 3), ('parquet, one row group', 1)])
 def test_parquet_files(tmp_path, kind, groups):

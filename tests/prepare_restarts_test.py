@@ -17,6 +17,8 @@ from openmoe_jax.preparation import pieces, plan, prepare, reading
 from openmoe_jax.tools import prepare_data
 from tests import raw_data
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -12,6 +12,8 @@ from openmoe_jax.train_state import init_params, init_train_state
 from openmoe_jax.train_step import make_train_step
 from tests.quick_jit import COMPILER_OPTIONS, jit
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 ROWS, LENGTH, STEPS = 4, 8, 15
 MODEL = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4, num_layers=1, moe_interval=1,
                     num_experts=4, group_size=16, dtype='float32', scan_blocks=False, attention_query_blocks=1,

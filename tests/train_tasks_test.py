@@ -11,6 +11,8 @@ from openmoe_jax.tasks import evaluation
 from tests import tiny_run
 from tests.evaluation_tasks_test import BOOL, write
 
+pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
+
 
 @pytest.fixture(autouse=True)
 def forget_folder():
