@@ -13,6 +13,7 @@ import sys
 from typing import Any, Dict, Mapping, NamedTuple, Tuple
 
 from openmoe_jax.config import ACTIVATIONS, CAPACITY_MODES, DTYPES, ConfigError, ModelConfig, require
+from openmoe_jax.model_config import PRIORITIES
 
 DEFAULT_MAX_LENGTH = 2048  # what the released models were trained on; nothing in the model depends on it
 
@@ -56,6 +57,9 @@ _FIELDS = {
     'num_expert_replicas': _Field(('num_expert_replicas',), 'integer', 1),
     'batch_prioritized': _Field(('batch_prioritized',), 'flag'),
     'ignore_padding_tokens': _Field(('ignore_padding_tokens',), 'flag'),
+    'capacity_times_k': _Field(('capacity_times_k',), 'flag'),
+    'priority': _Field(('priority',), 'choice', PRIORITIES),
+    'router_jitter': _Field(('router_jitter',), 'number'),
     'capacity_mode': _Field(('train_capacity_mode',), 'choice', CAPACITY_MODES),
     'extra_mlp': _Field(('extra_mlp',), 'flag'),
     'parallel_moe': _Field(('parallel_moe',), 'flag'),
