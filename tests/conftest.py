@@ -1,10 +1,12 @@
-"""What every test runs under: 8 fake CPU devices, a quiet TensorFlow, examples that are the same on every run, and no
-cache of the user's."""
+"""What every test runs under: 8 fake CPU devices, a quiet TensorFlow, examples that are the same on every run, no cache
+of the user's, and the package's vocabulary."""
 
 import os
+import sys
 import tempfile
 
 import hypothesis
+import pytest
 
 # Both are read once, when jax first asks for its devices. JAX_PLATFORMS from outside wins, so that a test can be tried
 # on an accelerator: JAX_PLATFORMS=cuda python -m pytest tests/model_test.py
@@ -21,3 +23,10 @@ os.environ['HF_DATASETS_CACHE'] = os.path.join(_MODULES.name, 'datasets')
 # No deadline: the first example of a property compiles. A failing example is printed and stays the same.
 hypothesis.settings.register_profile('openmoe_jax', deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile('openmoe_jax')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def packages_vocabulary():
+  """A file of tests does not begin with the vocabulary that one before it has chosen."""
+  if 'openmoe_jax.vocabulary' in sys.modules:
+    sys.modules['openmoe_jax.vocabulary'].configure()
