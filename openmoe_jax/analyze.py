@@ -13,7 +13,7 @@ import argparse
 import functools
 from typing import Any, Iterator, Optional, Sequence
 
-from openmoe_jax import checkpoint_flags, command_line
+from openmoe_jax import analyze_figures, checkpoint_flags, command_line
 from openmoe_jax.config import RunConfig, from_dict, require
 
 
@@ -34,6 +34,7 @@ def parser() -> command_line.Parser:
   flags = command_line.Parser(configured=False, prog='openmoe-analyze', description=__doc__)
   commands = flags.add_subparsers(required=True, metavar='record|figures', parser_class=functools.partial(
       command_line.Parser, configured=False))
+  analyze_figures.add_flags(commands.add_parser('figures'))
   record = commands.add_parser('record', description='Writes the routing of a checkpoint over tasks as parquet files.')
   record.set_defaults(run=_record)
   checkpoint_flags.add_flags(record, capacity_mode=False)

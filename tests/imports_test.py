@@ -27,7 +27,8 @@ LAYERS = (
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
      'mt_bench', 'preparation'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
-     'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks', 'analyze'),
+     'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks', 'analyze',
+     'analyze_figures'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.

@@ -1,0 +1,172 @@
+"""The kinds of pictures: heat maps, radars, curves and dots, in small multiples (a panel for each layer, domain or policy).
+
+Colours are Okabe and Ito's (2008), which colour-blind people tell apart, a map from blue over white to red where 1 is the
+middle, and viridis.
+"""
+
+import functools
+import math
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from openmoe_jax.analysis.plots import styled_pyplot
+from openmoe_jax.analysis.resampling import Estimate
+
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#5b4a9e', '#000000')
+MARKERS = 'osD^vPX*'
+GREY, FAINT = '#52606d', '#b8c1cc'
+_WIDTH = 9.5  # inches
+_FONTS = ('DejaVu Sans', 'Noto Sans CJK JP', 'Noto Sans Arabic', 'Noto Sans Hebrew', 'Noto Sans Devanagari')
+
+
+class Map(NamedTuple):
+  """A panel of a heat map: title, values [rows, columns], names of its rows."""
+  title: str
+  values: np.ndarray
+  rows: Sequence[str]
+
+
+class Curve(NamedTuple):
+  """A line with its interval: name, x [N], Estimate of arrays [N]."""
+  name: str
+  x: np.ndarray
+  y: Estimate
+
+
+@functools.lru_cache(maxsize=1)
+def _fonts() -> List[str]:
+  from matplotlib import font_manager
+  there = set(font_manager.get_font_names())
+  return [name for name in _FONTS if name in there] or ['sans-serif']
+
+
+def pyplot() -> Any:
+  """pyplot with the library's look, small titles of panels, and characters of other scripts."""
+  plt = styled_pyplot()
+  plt.rcParams.update({'font.size': 9, 'axes.titlesize': 9.5, 'font.family': _fonts(), 'svg.fonttype': 'none'})
+  return plt
+
+
+def grid(count: int, columns: int, size: Tuple[float, float], title: str, **options) -> Tuple[Any, List[Any]]:
+  """A figure with `count` axes of `size` inches each; those of the grid that are left over are not shown."""
+  columns = max(min(columns, count), 1)
+  rows = -(-count // columns)
+  figure, axes = pyplot().subplots(rows, columns, figsize=(columns * size[0], rows * size[1] + .5), squeeze=False,
+                                   layout='constrained', **options)
+  for axis in axes.flat[count:]:
+    axis.set_visible(False)
+  heading(figure, title)
+  return figure, list(axes.flat[:count])
+
+
+def heading(figure: Any, title: str) -> None:
+  figure.suptitle(title, x=.01, ha='left', fontweight='bold', fontsize=11)
+
+
+def text(value: Any) -> str:
+  """Text that is shown as it is: no formulas between dollar signs."""
+  return str(value).replace('$', r'\$')
+
+
+def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'share of tokens / equal share',
+               column_name: str = 'expert', columns: Optional[Sequence[Any]] = None) -> Any:
+  """Heat maps whose colours are multiples of 1, on a logarithmic scale: white is 1."""
+  from matplotlib import colors
+  values = np.concatenate([panel.values.ravel() for panel in panels])
+  values = values[np.isfinite(values)]
+  most = min(max(2., float(np.quantile(values, .995))), 16.)
+  norm = colors.LogNorm(vmin=1 / most, vmax=most)
+  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'RdBu_r',
+                             lambda x: np.maximum(x, 1 / most / 4))
+  bar = figure.colorbar(mesh, ax=axes, shrink=min(1., 2.2 / figure.get_size_inches()[1] + .25), pad=.015, extend='both',
+                        aspect=25)
+  ticks = [t for t in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16) if 1 / most - 1e-9 <= t <= most + 1e-9]
+  bar.set_ticks(ticks, labels=[f'{t:g}x' if t >= 1 else f'1/{1 / t:g}x' for t in ticks])
+  bar.minorticks_off()
+  bar.set_label(unit)
+  return figure
+
+
+def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float],
+         columns: Optional[Sequence[Any]] = None, numbers: bool = False) -> Any:
+  """Heat maps from dark to light between two limits; with `numbers` each cell says what it holds, in percent."""
+  from matplotlib import colors
+  norm = colors.Normalize(*limits)
+  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'viridis', lambda x: x)
+  if numbers:
+    for axis, panel in zip(axes, panels):
+      for (i, j), value in np.ndenumerate(panel.values):
+        if np.isfinite(value):
+          axis.text(j, i, f'{100 * value:.0f}', ha='center', va='center', fontsize=7.5,
+                    color='white' if norm(value) < .6 else 'black')
+  bar = figure.colorbar(mesh, ax=axes, shrink=min(1., 2.2 / figure.get_size_inches()[1] + .25), pad=.015, aspect=25)
+  bar.set_label(unit)
+  return figure
+
+
+def _maps(panels, title, row_name, column_name, columns, norm, colour_map, change):
+  import matplotlib
+  cells, lines = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
+  labels = max(len(name) for panel in panels for name in panel.rows)
+  wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
+  side_by_side = max(1, min(int((_WIDTH - .8) / wide), len(panels), 4))
+  width = min((_WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
+  figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, max(lines * .2, .9) + .55), title)
+  palette = matplotlib.colormaps[colour_map].copy()
+  palette.set_bad('#e5e8ec')
+  for axis, panel in zip(axes, panels):
+    mesh = axis.imshow(change(np.ma.masked_invalid(panel.values)), norm=norm, cmap=palette, aspect='auto',
+                       interpolation='nearest')
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_title(text(panel.title))
+    ticks = np.arange(0, cells, 1 if columns is not None else max(1, cells // 8))
+    axis.set_xticks(ticks, [text(columns[i]) for i in ticks] if columns is not None else ticks)
+    axis.set_yticks(np.arange(len(panel.rows)), [text(name[:24]) for name in panel.rows], fontsize=8)
+    axis.tick_params(length=0)
+    axis.set_xticks(np.arange(1, cells) - .5, minor=True)  # thin white lines between cells
+    axis.set_yticks(np.arange(1, len(panel.rows)) - .5, minor=True)
+    if max(cells, len(panel.rows)) <= 40:
+      axis.grid(which='minor', color='white', linewidth=.5, alpha=1.)
+    axis.tick_params(which='minor', length=0)
+  _outer_labels(axes, side_by_side, column_name, row_name)
+  return figure, axes, mesh
+
+
+def _outer_labels(axes: Sequence[Any], columns: int, x: str, y: str) -> None:
+  """Names axes where no panel follows below, and at the left."""
+  for i, axis in enumerate(axes):
+    if i + columns >= len(axes):
+      axis.set_xlabel(x)
+    if i % columns == 0:
+      axis.set_ylabel(y)
+
+
+def radars(panels: Sequence[Tuple[str, np.ndarray]], title: str, unit: str) -> Any:
+  """A radar for each panel (title, values [experts]): spokes are experts, the dark ring is 1."""
+  count = len(panels[0][1])
+  most = max(1.6, max(float(values.max()) for _, values in panels))
+  columns = min(len(panels), 4 if len(panels) != 5 else 3)
+  figure, axes = grid(len(panels), columns, (_WIDTH / max(columns, 3), 2.75), title, subplot_kw={'polar': True})
+  angles = np.arange(count) * 2 * math.pi / count
+  closed = np.append(angles, angles[0])
+  circle = np.linspace(0, 2 * math.pi, 200)
+  for i, (axis, (name, values)) in enumerate(zip(axes, panels)):
+    colour = COLOURS[i % (len(COLOURS) - 1)]
+    axis.set_theta_offset(math.pi / 2)
+    axis.set_theta_direction(-1)
+    axis.fill(closed, np.append(values, values[0]), color=colour, alpha=.25, linewidth=0)
+    axis.plot(closed, np.append(values, values[0]), color=colour, linewidth=1.5)
+    axis.plot(circle, np.ones_like(circle), color='black', linewidth=.9, linestyle=(0, (4, 2)))
+    axis.set_ylim(0, most)
+    ticks = [t for t in ((1, 2, 4, 6, 8) if most > 3 else (.5, 1, 1.5, 2, 2.5)) if t <= most]
+    axis.set_yticks(ticks, [f'{t:g}x' for t in ticks], fontsize=6.5, color=GREY)
+    axis.set_rlabel_position(180 / count)
+    shown = np.arange(0, count, max(1, -(-count // 16)))
+    axis.set_xticks(angles[shown], shown, fontsize=7.5)
+    axis.tick_params(pad=-1)
+    axis.spines['polar'].set_alpha(.25)
+    axis.set_title(text(name), loc='center', pad=10)
+  figure.supxlabel(unit, fontsize=8.5, color=GREY)
+  return figure

@@ -1,0 +1,86 @@
+"""`openmoe-analyze figures`: its flags, and the order in which figures, tables and findings are made."""
+
+import argparse
+from typing import Any, Callable, List, Sequence, Tuple
+
+from openmoe_jax.bar import Bar
+from openmoe_jax.config import ConfigError, require
+
+_DESCRIPTION = """Draws figures 5 to 14 and tables 9, 10 and 15 of the paper from recorded routing, and writes its findings as
+sentences with numbers and intervals: OUTPUT/figures.json, OUTPUT/findings.json, and what they name.
+
+  openmoe-analyze figures runs/demo/routing --output=runs/demo/figures
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of the command, and what runs it."""
+  from openmoe_jax.analysis.figures import selection
+  parser.description = _DESCRIPTION
+  parser.set_defaults(run=run)
+  parser.add_argument('recording', help='folder of `openmoe-analyze record`')
+  parser.add_argument('--output', required=True, metavar='DIR', help='local or gs://')
+  group = parser.add_argument_group('what is shown', 'everything that is recorded, unless these say otherwise')
+  for name, what in (('layers', 'sparse layers'), ('steps', 'checkpoints'), ('policies', 'who may be dropped')):
+    group.add_argument(f'--{name}', default='', metavar='VALUE[,VALUE]', help=what)
+  for own in selection.GROUPS:
+    default = ', '.join(own.patterns) or 'all that are in no other group'
+    group.add_argument(f'--{own.name}', default='', metavar='TASK[,TASK]', help=f'tasks, with * and ?, that are compared '
+                       f'as {own.what}s ({own.paper}); default: {default}')
+
+
+def run(args: argparse.Namespace) -> None:
+  """Makes everything; a section that the recording does not suffice for is left out with a line that says why."""
+  from openmoe_jax.analysis.figures import report as report_lib
+  from openmoe_jax.analysis.figures import selection
+  chosen = selection.Selection(args.recording, wanted(args))
+  report = report_lib.Report(args.output, about(chosen))
+  sections, skipped = _sections(args), []
+  with Bar(len(sections), print, 'figures', lambda n: f'{n:.0f} sections') as bar:
+    for name, add in sections:
+      try:
+        add(report, chosen)
+      except ConfigError as error:
+        skipped.append(f'{name}: {" ".join(str(error).split())}')
+      bar.advance(1)
+  require(bool(report.figures), f'nothing can be shown; {"; ".join(dict.fromkeys(skipped))}')
+  report.finish(skipped)
+  print('\n'.join([*(f'left out: {line}' for line in skipped),
+                   f'wrote {len(report.figures)} figures and {len(report.findings)} findings into {args.output}']))
+
+
+def _sections(args: argparse.Namespace) -> List[Tuple[str, Callable[..., Any]]]:
+  from openmoe_jax.analysis.figures import specialisation
+  del args
+  return [('specialisation', specialisation.add)]
+
+
+def wanted(args: argparse.Namespace) -> Any:
+  """What the flags ask for."""
+  from openmoe_jax.analysis.figures import selection
+  groups = [own._replace(patterns=names(getattr(args, own.name)) or own.patterns) for own in selection.GROUPS]
+  return selection.Wanted(numbers('--layers', args.layers), numbers('--steps', args.steps), names(args.policies), groups)
+
+
+def names(text: str) -> Sequence[str]:
+  """'a, b' -> ['a', 'b']."""
+  return [name.strip() for name in text.split(',') if name.strip()]
+
+
+def numbers(flag: str, text: str) -> Sequence[int]:
+  """'1,2' -> [1, 2]."""
+  for name in names(text):
+    require(name.isdecimal(), f'{flag}={text}: {name!r} is no whole number; valid: {flag}=1,2')
+  return [int(name) for name in names(text)]
+
+
+def about(chosen: Any) -> dict:
+  """What figures.json says of the recording."""
+  config = chosen.recording.config
+  sizes = ('vocab_size', 'emb_dim', 'mlp_dim', 'num_layers', 'num_experts', 'num_selected_experts', 'router')
+  return {'model': {**{name: getattr(config, name) for name in sizes}, 'sparse_layers': chosen.recording.layers},
+          'recordings': [chosen.folder], 'checkpoint': chosen.recording.about.get('checkpoint', ''),
+          'steps': chosen.steps, 'policies': chosen.policies, 'domains': chosen.all_domains, 'tokens': chosen.tokens(),
+          'layers': chosen.layers, 'row_length': chosen.length}
+
+
