@@ -1,6 +1,7 @@
 """`openmoe-analyze figures`: its flags, and the order in which figures, tables and findings are made."""
 
 import argparse
+import functools
 from typing import Any, Callable, List, Sequence, Tuple
 
 from openmoe_jax.bar import Bar
@@ -27,6 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default = ', '.join(own.patterns) or 'all that are in no other group'
     group.add_argument(f'--{own.name}', default='', metavar='TASK[,TASK]', help=f'tasks, with * and ?, that are compared '
                        f'as {own.what}s ({own.paper}); default: {default}')
+  group.add_argument('--positions', default='', metavar='N[,N]', help='of figure 9; default: bins along the row')
+  group.add_argument('--token_ids', default='', metavar='ID[,ID]', help='of figures 10 and 11; default: the most frequent')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
   from openmoe_jax.analysis.figures import selection
   chosen = selection.Selection(args.recording, wanted(args))
   report = report_lib.Report(args.output, about(chosen))
-  sections, skipped = _sections(args), []
+  sections, skipped = _sections(args, chosen), []
   with Bar(len(sections), print, 'figures', lambda n: f'{n:.0f} sections') as bar:
     for name, add in sections:
       try:
@@ -49,10 +52,12 @@ def run(args: argparse.Namespace) -> None:
                    f'wrote {len(report.figures)} figures and {len(report.findings)} findings into {args.output}']))
 
 
-def _sections(args: argparse.Namespace) -> List[Tuple[str, Callable[..., Any]]]:
-  from openmoe_jax.analysis.figures import specialisation
-  del args
-  return [('specialisation', specialisation.add)]
+def _sections(args: argparse.Namespace, chosen: Any) -> List[Tuple[str, Callable[..., Any]]]:
+  """(name, what is called with the report and the selection), in the order of the report."""
+  from openmoe_jax.analysis.figures import context, pieces, specialisation
+  piece = pieces.namer(pieces.recorded(chosen.recording.about))
+  settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
+  return [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings))]
 
 
 def wanted(args: argparse.Namespace) -> Any:
@@ -82,5 +87,3 @@ def about(chosen: Any) -> dict:
           'recordings': [chosen.folder], 'checkpoint': chosen.recording.about.get('checkpoint', ''),
           'steps': chosen.steps, 'policies': chosen.policies, 'domains': chosen.all_domains, 'tokens': chosen.tokens(),
           'layers': chosen.layers, 'row_length': chosen.length}
-
-

@@ -1,22 +1,21 @@
-"""The kinds of pictures: heat maps, radars, curves and dots, in small multiples (a panel for each layer, domain or policy).
+"""Heat maps and radars in small multiples: a panel for each layer, domain or policy. `draw_lines` has curves and dots.
 
-Colours are Okabe and Ito's (2008), which colour-blind people tell apart, a map from blue over white to red where 1 is the
-middle, and viridis.
+Colours are Okabe and Ito's (2008), which colour-blind people tell apart; a map from blue over white to red where 1 is
+the middle; and viridis.
 """
 
 import functools
 import math
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from openmoe_jax.analysis.plots import styled_pyplot
-from openmoe_jax.analysis.resampling import Estimate
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#5b4a9e', '#000000')
 MARKERS = 'osD^vPX*'
 GREY, FAINT = '#52606d', '#b8c1cc'
-_WIDTH = 9.5  # inches
+WIDTH = 9.5  # inches
 _FONTS = ('DejaVu Sans', 'Noto Sans CJK JP', 'Noto Sans Arabic', 'Noto Sans Hebrew', 'Noto Sans Devanagari')
 
 
@@ -25,13 +24,6 @@ class Map(NamedTuple):
   title: str
   values: np.ndarray
   rows: Sequence[str]
-
-
-class Curve(NamedTuple):
-  """A line with its interval: name, x [N], Estimate of arrays [N]."""
-  name: str
-  x: np.ndarray
-  y: Estimate
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,7 +61,7 @@ def text(value: Any) -> str:
   return str(value).replace('$', r'\$')
 
 
-def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'share of tokens / equal share',
+def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x equal share',
                column_name: str = 'expert', columns: Optional[Sequence[Any]] = None) -> Any:
   """Heat maps whose colours are multiples of 1, on a logarithmic scale: white is 1."""
   from matplotlib import colors
@@ -110,8 +102,8 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, chang
   cells, lines = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
   labels = max(len(name) for panel in panels for name in panel.rows)
   wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
-  side_by_side = max(1, min(int((_WIDTH - .8) / wide), len(panels), 4))
-  width = min((_WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
+  side_by_side = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
+  width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
   figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, max(lines * .2, .9) + .55), title)
   palette = matplotlib.colormaps[colour_map].copy()
   palette.set_bad('#e5e8ec')
@@ -130,11 +122,11 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, chang
     if max(cells, len(panel.rows)) <= 40:
       axis.grid(which='minor', color='white', linewidth=.5, alpha=1.)
     axis.tick_params(which='minor', length=0)
-  _outer_labels(axes, side_by_side, column_name, row_name)
+  outer_labels(axes, side_by_side, column_name, row_name)
   return figure, axes, mesh
 
 
-def _outer_labels(axes: Sequence[Any], columns: int, x: str, y: str) -> None:
+def outer_labels(axes: Sequence[Any], columns: int, x: str, y: str) -> None:
   """Names axes where no panel follows below, and at the left."""
   for i, axis in enumerate(axes):
     if i + columns >= len(axes):
@@ -148,7 +140,7 @@ def radars(panels: Sequence[Tuple[str, np.ndarray]], title: str, unit: str) -> A
   count = len(panels[0][1])
   most = max(1.6, max(float(values.max()) for _, values in panels))
   columns = min(len(panels), 4 if len(panels) != 5 else 3)
-  figure, axes = grid(len(panels), columns, (_WIDTH / max(columns, 3), 2.75), title, subplot_kw={'polar': True})
+  figure, axes = grid(len(panels), columns, (WIDTH / max(columns, 3), 2.75), title, subplot_kw={'polar': True})
   angles = np.arange(count) * 2 * math.pi / count
   closed = np.append(angles, angles[0])
   circle = np.linspace(0, 2 * math.pi, 200)

@@ -9,7 +9,7 @@ from openmoe_jax.analysis.figures import draw
 from openmoe_jax.analysis.figures.report import Report, percent
 from openmoe_jax.analysis.figures.selection import Group, Selection, group_named
 
-UNIT = 'choices of the expert / equal share'
+UNIT = 'x equal share'
 
 
 def add(report: Report, chosen: Selection) -> None:
