@@ -54,10 +54,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _sections(args: argparse.Namespace, chosen: Any) -> List[Tuple[str, Callable[..., Any]]]:
   """(name, what is called with the report and the selection), in the order of the report."""
-  from openmoe_jax.analysis.figures import context, pieces, specialisation
+  from openmoe_jax.analysis.figures import context, early, load, pieces, specialisation
   piece = pieces.namer(pieces.recorded(chosen.recording.about))
   settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
-  return [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings))]
+  return [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
+          ('early', functools.partial(early.add, settings=settings)), ('load', load.add)]
 
 
 def wanted(args: argparse.Namespace) -> Any:

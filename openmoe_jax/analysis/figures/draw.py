@@ -62,14 +62,14 @@ def text(value: Any) -> str:
 
 
 def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x equal share',
-               column_name: str = 'expert', columns: Optional[Sequence[Any]] = None) -> Any:
+               column_name: str = 'expert', columns: Optional[Sequence[Any]] = None, square: bool = False) -> Any:
   """Heat maps whose colours are multiples of 1, on a logarithmic scale: white is 1."""
   from matplotlib import colors
   values = np.concatenate([panel.values.ravel() for panel in panels])
   values = values[np.isfinite(values)]
   most = min(max(2., float(np.quantile(values, .995))), 16.)
   norm = colors.LogNorm(vmin=1 / most, vmax=most)
-  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'RdBu_r',
+  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'RdBu_r', square,
                              lambda x: np.maximum(x, 1 / most / 4))
   bar = figure.colorbar(mesh, ax=axes, shrink=min(1., 2.2 / figure.get_size_inches()[1] + .25), pad=.015, extend='both',
                         aspect=25)
@@ -81,11 +81,11 @@ def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x 
 
 
 def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float],
-         columns: Optional[Sequence[Any]] = None, numbers: bool = False) -> Any:
+         columns: Optional[Sequence[Any]] = None, numbers: bool = False, square: bool = False) -> Any:
   """Heat maps from dark to light between two limits; with `numbers` each cell says what it holds, in percent."""
   from matplotlib import colors
   norm = colors.Normalize(*limits)
-  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'viridis', lambda x: x)
+  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'viridis', square, lambda x: x)
   if numbers:
     for axis, panel in zip(axes, panels):
       for (i, j), value in np.ndenumerate(panel.values):
@@ -97,14 +97,17 @@ def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, uni
   return figure
 
 
-def _maps(panels, title, row_name, column_name, columns, norm, colour_map, change):
+def _maps(panels, title, row_name, column_name, columns, norm, colour_map, square, change):
   import matplotlib
   cells, lines = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
   labels = max(len(name) for panel in panels for name in panel.rows)
   wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
   side_by_side = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
   width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
-  figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, max(lines * .2, .9) + .55), title)
+  if square:  # rows are what columns are
+    width = min(width, 3.4)
+  height = width * .82 if square else max(lines * .2, .9)
+  figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, height + .55), title)
   palette = matplotlib.colormaps[colour_map].copy()
   palette.set_bad('#e5e8ec')
   for axis, panel in zip(axes, panels):
@@ -115,7 +118,8 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, chang
     axis.set_title(text(panel.title))
     ticks = np.arange(0, cells, 1 if columns is not None else max(1, cells // 8))
     axis.set_xticks(ticks, [text(columns[i]) for i in ticks] if columns is not None else ticks)
-    axis.set_yticks(np.arange(len(panel.rows)), [text(name[:24]) for name in panel.rows], fontsize=8)
+    every = max(1, len(panel.rows) // 8) if square and columns is None else 1
+    axis.set_yticks(np.arange(0, len(panel.rows), every), [text(name[:24]) for name in panel.rows[::every]], fontsize=8)
     axis.tick_params(length=0)
     axis.set_xticks(np.arange(1, cells) - .5, minor=True)  # thin white lines between cells
     axis.set_yticks(np.arange(1, len(panel.rows)) - .5, minor=True)
