@@ -21,6 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.set_defaults(run=run)
   parser.add_argument('recording', help='folder of `openmoe-analyze record`')
   parser.add_argument('--output', required=True, metavar='DIR', help='local or gs://')
+  parser.add_argument('--compare', default='', metavar='DIR[,DIR]', help='recordings of the same text by other models, '
+                      'such as after fine-tuning, for figure 12')
   group = parser.add_argument_group('what is shown', 'everything that is recorded, unless these say otherwise')
   for name, what in (('layers', 'sparse layers'), ('steps', 'checkpoints'), ('policies', 'who may be dropped')):
     group.add_argument(f'--{name}', default='', metavar='VALUE[,VALUE]', help=what)
@@ -37,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
   from openmoe_jax.analysis.figures import report as report_lib
   from openmoe_jax.analysis.figures import selection
   chosen = selection.Selection(args.recording, wanted(args))
-  report = report_lib.Report(args.output, about(chosen))
-  sections, skipped = _sections(args, chosen), []
+  others = [selection.compared(chosen, folder, wanted(args)) for folder in names(args.compare)]
+  report = report_lib.Report(args.output, about(chosen, others))
+  sections, skipped = _sections(args, chosen, others), []
   with Bar(len(sections), print, 'figures', lambda n: f'{n:.0f} sections') as bar:
     for name, add in sections:
       try:
@@ -52,13 +55,14 @@ def run(args: argparse.Namespace) -> None:
                    f'wrote {len(report.figures)} figures and {len(report.findings)} findings into {args.output}']))
 
 
-def _sections(args: argparse.Namespace, chosen: Any) -> List[Tuple[str, Callable[..., Any]]]:
+def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> List[Tuple[str, Callable[..., Any]]]:
   """(name, what is called with the report and the selection), in the order of the report."""
-  from openmoe_jax.analysis.figures import context, early, load, pieces, specialisation
+  from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, specialisation
   piece = pieces.namer(pieces.recorded(chosen.recording.about))
   settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
   return [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
-          ('early', functools.partial(early.add, settings=settings)), ('load', load.add)]
+          ('early', functools.partial(early.add, settings=settings)), ('load', load.add),
+          ('drops', functools.partial(drops.add, others=others)), ('eviction', eviction.add)]
 
 
 def wanted(args: argparse.Namespace) -> Any:
@@ -80,11 +84,11 @@ def numbers(flag: str, text: str) -> Sequence[int]:
   return [int(name) for name in names(text)]
 
 
-def about(chosen: Any) -> dict:
+def about(chosen: Any, others: Sequence[Any]) -> dict:
   """What figures.json says of the recording."""
   config = chosen.recording.config
   sizes = ('vocab_size', 'emb_dim', 'mlp_dim', 'num_layers', 'num_experts', 'num_selected_experts', 'router')
   return {'model': {**{name: getattr(config, name) for name in sizes}, 'sparse_layers': chosen.recording.layers},
-          'recordings': [chosen.folder], 'checkpoint': chosen.recording.about.get('checkpoint', ''),
+          'recordings': [own.folder for own in (chosen, *others)], 'checkpoint': chosen.recording.about.get('checkpoint', ''),
           'steps': chosen.steps, 'policies': chosen.policies, 'domains': chosen.all_domains, 'tokens': chosen.tokens(),
           'layers': chosen.layers, 'row_length': chosen.length}

@@ -102,7 +102,8 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, squar
   cells, lines = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
   labels = max(len(name) for panel in panels for name in panel.rows)
   wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
-  side_by_side = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
+  most = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
+  side_by_side = min(range(max(most - 1, 1), most + 1), key=lambda n: (-len(panels) % n, -n))  # few empty places
   width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
   if square:  # rows are what columns are
     width = min(width, 3.4)

@@ -191,6 +191,21 @@ def _grouped(folder: paths.PathLike, groups: Sequence[Group], there: Sequence[st
   return found
 
 
+def compared(first: Selection, folder: paths.PathLike, wanted: Wanted) -> Selection:
+  """A recording that `first` is compared with, at its own last step; ConfigError unless it is of such a model and text."""
+  other = Selection(folder, wanted._replace(steps=()))
+  for name in ('num_layers', 'num_experts', 'num_selected_experts', 'moe_interval'):
+    own, there = (getattr(s.recording.config, name) for s in (first, other))
+    require(own == there, f'--compare: {folder} is of another model: ModelConfig.{name} = {there}, that of {first.folder} '
+            f'is {own}')
+  for name in ('vocabulary', 'task_feature_lengths', 'split'):
+    own, there = (s.recording.about.get(name) for s in (first, other))
+    require(own == there, f'--compare: {folder} was recorded with {name} = {there}, {first.folder} with {own}')
+  require(other.all_domains == first.all_domains, f'--compare: {folder} has the domains {", ".join(other.all_domains)}, '
+          f'{first.folder} has {", ".join(first.all_domains)}; choose those of both by --domains')
+  return other
+
+
 def short_names(names: Sequence[str]) -> List[str]:
   """Names without the words, joined by _, that all have at the beginning or at the end."""
   if len(names) == 1:
