@@ -23,6 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--output', required=True, metavar='DIR', help='local or gs://')
   parser.add_argument('--compare', default='', metavar='DIR[,DIR]', help='recordings of the same text by other models, '
                       'such as after fine-tuning, for figure 12')
+  parser.add_argument('--vocabulary', metavar='PATH', help="another vocabulary for table 10: a sentencepiece model, a "
+                      "tokenizer.json or a folder with one; '' is the small one of the package")
   group = parser.add_argument_group('what is shown', 'everything that is recorded, unless these say otherwise')
   for name, what in (('layers', 'sparse layers'), ('steps', 'checkpoints'), ('policies', 'who may be dropped')):
     group.add_argument(f'--{name}', default='', metavar='VALUE[,VALUE]', help=what)
@@ -57,12 +59,22 @@ def run(args: argparse.Namespace) -> None:
 
 def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> List[Tuple[str, Callable[..., Any]]]:
   """(name, what is called with the report and the selection), in the order of the report."""
-  from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, specialisation
-  piece = pieces.namer(pieces.recorded(chosen.recording.about))
+  from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, specialisation, tables
+  tokenizer = pieces.recorded(chosen.recording.about)
+  piece = pieces.namer(tokenizer)
   settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
-  return [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
-          ('early', functools.partial(early.add, settings=settings)), ('load', load.add),
-          ('drops', functools.partial(drops.add, others=others)), ('eviction', eviction.add)]
+  found = [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
+           ('early', functools.partial(early.add, settings=settings)), ('load', load.add),
+           ('drops', functools.partial(drops.add, others=others)), ('eviction', eviction.add),
+           ('tables', functools.partial(tables.top_tokens, piece=piece))]
+  if args.vocabulary is not None:
+    from openmoe_jax.tools import compare_tokenizers
+    first = chosen.recording.about['vocabulary']['path']
+    both = dict(zip(compare_tokenizers.distinct_names(first, args.vocabulary),
+                    (tokenizer, pieces.processor(args.vocabulary))))
+    require(len(both) == 2, f'--vocabulary={args.vocabulary!r} is that of the recording; give another one')
+    found.append(('vocabularies', functools.partial(tables.vocabularies, tokenizers=both, count=compare_tokenizers.count)))
+  return found
 
 
 def wanted(args: argparse.Namespace) -> Any:

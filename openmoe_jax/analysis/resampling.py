@@ -5,6 +5,7 @@ narrow. A block is a run of consecutive rows, long enough to hold most of a docu
 """
 
 from typing import Callable, NamedTuple
+import warnings
 
 import numpy as np
 
@@ -69,7 +70,8 @@ def bootstrap(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], s
   """
   count = len(sums)
   weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), _RESAMPLES)
-  with np.errstate(divide='ignore', invalid='ignore'):
+  with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'All-NaN slice')  # a share of nothing is NaN
     value, drawn = statistic(sums.sum(axis=0)), statistic(weights @ sums)
     low, high = np.nanquantile(drawn, (.025, .975), axis=0)
   if np.ndim(value):

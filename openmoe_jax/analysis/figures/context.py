@@ -84,7 +84,8 @@ def _information(report: Report, chosen: Selection) -> None:
         pass
   for variable in own:
     for layer in chosen.layers:
-      _say_alone(report, chosen, variable, layer, alone[variable.name, layer])
+      if variable.name != 'domain' or len(chosen.domains) > 1:  # else it is said of the group
+        _say_alone(report, chosen, variable, layer, alone[variable.name, layer])
       if (variable.name, layer) in added:
         _say_added(report, chosen, variable, layer, added[variable.name, layer])
   for layer, guess in guesses.items():
@@ -167,7 +168,7 @@ def _draw_information(report: Report, chosen: Selection, own: Sequence[Variable]
       'decides it, 0 % where it says nothing. Bars are 95 % intervals (jackknife over blocks of rows); "chance" is the 97.5 '
       '% quantile with shuffled values. Orange: what a variable adds to the token id.',
       draw_lines.dots(panels, chosen.layers, f'What decides the first expert, step {chosen.last}', 'sparse layer',
-                      'normalised mutual information'),
+                      'mutual information'),
       ['step', 'layer', 'variable', 'given', 'normalized_information', 'low', 'high', 'chance_low', 'chance_high', 'p_value',
        'tokens', 'values'], lines)
 

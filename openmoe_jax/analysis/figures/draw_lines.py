@@ -62,7 +62,7 @@ def curves(panels: Sequence[Panel], title: str, x: str, y: str, percent: bool = 
         axis.fill_between(at, low, high, color=colour, alpha=.15, linewidth=0)
     axis.set_title(text(panel.title))
   low, high = axes[0].get_ylim()
-  axes[0].set_ylim(min(low, 0.) if low > -.05 * high else low, max(high, least_top * scale))
+  axes[0].set_ylim(min(low, 0.) if low > -.05 * high else low, max(high, least_top * scale, .01 * scale))
   if log:
     smallest = min(float(c.x[c.x > 0].min()) for panel in panels for c in panel.curves if (c.x > 0).any())
     axes[0].set_xscale('symlog', linthresh=smallest)
@@ -74,10 +74,9 @@ def curves(panels: Sequence[Panel], title: str, x: str, y: str, percent: bool = 
 
 def _colours(panels: Sequence[Panel], names: Sequence[str], ordered: bool) -> Mapping[str, Any]:
   """A colour for each name; where there are too many, for those that change most, and grey for the others."""
-  if ordered:
+  if ordered and len(names) > 3:
     import matplotlib
-    return dict(zip(names, matplotlib.colormaps['viridis'](np.linspace(0, .88, len(names)))))if len(names) > 3 else dict(
-        zip(names, COLOURS))
+    return dict(zip(names, matplotlib.colormaps['viridis'](np.linspace(0, .88, len(names)))))
   if len(names) <= _MOST:
     return dict(zip(names, COLOURS))
   spread = {name: max(float(np.nanmax(c.y.value) - np.nanmin(c.y.value)) for panel in panels for c in panel.curves

@@ -64,7 +64,7 @@ def add(report: Report, chosen: Selection) -> None:
       costs[policy] = _cost(chosen, policy, evicted_any, lost_any)
   _findings(report, chosen, found, costs, touched)
   _headline(report, chosen, found, costs, touched)
-  _draw_shares(report, chosen, found)
+  _draw_shares(report, chosen, found, {key: dropped for key, (dropped, _) in along.items()})
   _draw_along(report, chosen, along)
   if costs:
     _draw_costs(report, chosen, costs)
@@ -97,11 +97,9 @@ def _findings(report: Report, chosen: Selection, found, costs: Mapping[str, Cost
     where = {'layer': layer, 'step': chosen.last, 'policy': policy}
     report.finding('evicted_choices', 'eviction', f'Under {policy}, {percent(own.evicted)} of the choices behind the first '
                    f'are evicted by later tokens in layer {layer}.', own.evicted, **where)
-    report.finding('evicted_of_dropped', 'eviction', f'Under {policy}, {percent(own.of_dropped)} of the dropped choices '
-                   f'behind the first are dropped only because of later tokens in layer {layer}.', own.of_dropped, **where)
-    report.finding('rescued_choices', 'eviction', f'Under {policy}, {percent(own.rescued)} of the first choices are kept in '
-                   f'layer {layer} that would be dropped if tokens queued one after another with all of their choices.',
-                   own.rescued, **where)
+    if np.isfinite(own.of_dropped.value):
+      report.finding('evicted_of_dropped', 'eviction', f'Under {policy}, {percent(own.of_dropped)} of the dropped choices '
+                     f'behind the first are dropped only because of later tokens in layer {layer}.', own.of_dropped, **where)
   for policy, own in touched.items():
     report.finding('evicted_tokens', 'eviction', f'Under {policy}, {percent(own)} of the tokens lose a choice to later '
                    'tokens in at least one sparse layer.', own, step=chosen.last, policy=policy)
@@ -126,26 +124,31 @@ def _headline(report: Report, chosen: Selection, found, costs: Mapping[str, Cost
       f'depends on the future{cost}.', evicted, step=chosen.last, policy=policy, headline=True)
 
 
-def _draw_shares(report: Report, chosen: Selection, found: Mapping[Tuple[str, int], Evictions]) -> None:
+def _draw_shares(report: Report, chosen: Selection, found: Mapping[Tuple[str, int], Evictions],
+                 dropped: Mapping[Tuple[str, int], ByPosition]) -> None:
   panels, lines = [], []
   for policy in chosen.drop_policies:
     own = [found[policy, layer] for layer in chosen.layers]
-    series = [('second choices evicted', [e.evicted for e in own]), ('first choices rescued', [e.rescued for e in own])]
+    series = [('dropped', [dropped[policy, layer].mean for layer in chosen.layers]),
+              ('dropped because of later tokens', [e.evicted for e in own])]
     panels.append((policy, [draw_lines.Dots(name, draw_lines.estimates(values)) for name, values in series]))
     lines += [(policy, chosen.last, layer, *e.evicted, *e.of_dropped, *e.tokens, *e.rescued)
               for layer, e in zip(chosen.layers, own)]
   names = [f'{name}{end}' for name in ('evicted', 'evicted_of_dropped', 'tokens', 'rescued') for end in ('', '_low', '_high')]
   report.figure(
       'evictions', '', 'eviction', 'Choices that later tokens decide about',
-      'Evicted: choices behind the first that would be kept, were no later token there. Rescued: first choices that are kept '
-      'only because they come before second choices of earlier tokens. Of all choices of that rank, with 95 % intervals.',
-      draw_lines.dots(panels, chosen.layers, f'Evicted and rescued choices, step {chosen.last}', 'sparse layer', 'choices'),
+      'Of the choices behind the first, those that are dropped, and those that would be kept, were no later token there. For '
+      'each of these a first choice of a later token is kept. Bars are 95 % bootstrap intervals.',
+      draw_lines.dots(panels, chosen.layers, f'Second choices that are dropped, step {chosen.last}', 'sparse layer',
+                      'second choices'),
       ['policy', 'step', 'layer', *names], lines)
 
 
 def _draw_along(report: Report, chosen: Selection, along: Mapping[Tuple[str, int], Tuple[ByPosition, ByPosition]]) -> None:
   names = ('dropped', 'dropped because of later tokens')
   for policy in chosen.drop_policies:
+    if not any(along[policy, layer][0].mean.value for layer in chosen.layers):
+      continue
     panels, lines = [], []
     for layer in chosen.layers:
       pair = along[policy, layer]
@@ -170,7 +173,7 @@ def _draw_costs(report: Report, chosen: Selection, costs: Mapping[str, Cost]) ->
       f'Loss under each policy minus loss without drops, on the same tokens at step {chosen.last}, by what happened to the '
       'token over all sparse layers. Tokens with nothing dropped see the drops of others through attention.',
       draw_lines.dots([('', series)], FATES, f'What dropped choices cost, step {chosen.last}', 'fate of the token',
-                      'loss over that without drops (nats)', percent=False),
+                      'extra loss (nats)', percent=False),
       ['policy', 'step', 'fate', 'share_of_tokens', 'loss', 'low', 'high'],
       [(policy, chosen.last, fate, own.shares[i], *own.fates[i]) for policy, own in costs.items()
        for i, fate in enumerate(FATES)])
