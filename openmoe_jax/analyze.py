@@ -4,9 +4,11 @@
   openmoe-analyze record runs/demo --mixture=demo_code_full_lm,demo_prose_full_lm --output=runs/demo/routing \\
     --policy=none,t5x_train,t5x_eval,colossalai --tokens=1000000
   openmoe-analyze record runs/demo --mixture=demo_full_lm --output=runs/demo/routing --all_checkpoints --initialization
+  openmoe-analyze report runs/demo/routing_figures
 
 `record` writes parquet files with a line for every token and sparse layer: experts, gates, slots, what was dropped, where
-the token stands, its loss. The same command after a stop goes on where it was. docs/routing_analysis.md has the columns.
+the token stands, its loss. The same command after a stop goes on where it was. `report` makes one HTML file of what
+`figures` wrote. docs/routing_analysis.md has the columns.
 """
 
 import argparse
@@ -32,7 +34,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
 def parser() -> command_line.Parser:
   """The program's flags."""
   flags = command_line.Parser(configured=False, prog='openmoe-analyze', description=__doc__)
-  commands = flags.add_subparsers(required=True, metavar='record|figures', parser_class=functools.partial(
+  commands = flags.add_subparsers(required=True, metavar='record|report', parser_class=functools.partial(
       command_line.Parser, configured=False))
   analyze_figures.add_flags(commands.add_parser('figures'))
   record = commands.add_parser('record', description='Writes the routing of a checkpoint over tasks as parquet files.')
@@ -52,7 +54,15 @@ def parser() -> command_line.Parser:
   group.add_argument('--part_tokens', type=int, default=131072, help='tokens of a file; default 131072')
   group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
   group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
+  report = commands.add_parser('report', description='Writes report.html, one file with all findings and figures.')
+  report.set_defaults(run=_report)
+  report.add_argument('folder', metavar='DIR', help='what `openmoe-analyze figures` wrote; local or gs://')
   return flags
+
+
+def _report(args: argparse.Namespace) -> None:
+  from openmoe_jax.analysis import routing_report
+  print(f'wrote {routing_report.write(args.folder)}')
 
 
 def _record(args: argparse.Namespace) -> None:
