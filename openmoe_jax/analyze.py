@@ -46,7 +46,8 @@ def parser() -> command_line.Parser:
   group.add_argument('--policy', default='none', metavar='NAME[,NAME]', help='who may be dropped: none (default), '
                      't5x_train, t5x_eval, colossalai, colossalai_train')
   group.add_argument('--tokens', type=int, default=65536, help='positions of each task; default 65536')
-  group.add_argument('--split', default='validation', help='of the tasks; default validation')
+  group.add_argument('--split', default='validation', metavar='NAME[,NAME]', help='of the tasks, of several the first '
+                     'that each mixture has; default validation')
   group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
   group.add_argument('--all_checkpoints', action='store_true', help='every step in the model_dir')
   group.add_argument('--initialization', action='store_true', help='also the parameters before training, which the '

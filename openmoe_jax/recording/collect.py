@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     mixtures: tasks or mixtures; each of their tasks is a domain of its own.
     policies: see `policies`.
     tokens: positions of each task that are recorded, as far as it has them.
-    split: of the tasks.
+    split: of the tasks; of several, separated by commas, the first one that a mixture has.
     length: positions of a row; 0 takes the run's.
     batch_size: rows of a batch, which share routing groups under the policies t5x_*.
     part_tokens: tokens of a file.
@@ -54,17 +54,28 @@ def data_settings(run: Mapping[str, Any], settings: Settings) -> DataConfig:
     lengths = {name: settings.length // len(lengths) for name in lengths} or {'targets': settings.length}
   require(bool(lengths), "the checkpoint's run does not say how long its rows were; give --length")
   count = -(-settings.tokens // (settings.batch_size * sum(lengths.values())))
-  return dataclasses.replace(data, task_feature_lengths=lengths, eval_split=settings.split, eval_batches=count,
-                             eval_batch_size=settings.batch_size)
+  return dataclasses.replace(data, task_feature_lengths=lengths, eval_batches=count, eval_batch_size=settings.batch_size)
 
 
-def tasks(data: DataConfig, names: Sequence[str]) -> List[str]:
-  """The tasks of all mixtures, each once."""
-  found: Dict[str, None] = {}
-  for name in names:
-    provider = mixtures.provider_for(data, name, data.eval_split, '--mixture')
-    found.update((task.name, None) for task, _ in mixtures.tasks_with_rates(provider) if data.eval_split in task.splits)
-  return list(found)
+def tasks(data: DataConfig, settings: Settings) -> Dict[str, DataConfig]:
+  """The tasks of all mixtures, each once, with the data settings that read the split which is recorded of it."""
+  found: Dict[str, DataConfig] = {}
+  for name in settings.mixtures:
+    split = _split(data, name, [own.strip() for own in settings.split.split(',')])
+    provider = mixtures.provider_for(data, name, split, '--mixture')
+    found.update((task.name, dataclasses.replace(data, eval_split=split))
+                 for task, _ in mixtures.tasks_with_rates(provider) if split in task.splits)
+  return found
+
+
+def _split(data: DataConfig, name: str, wanted: Sequence[str]) -> str:
+  """The first split that a mixture has of several."""
+  if len(wanted) == 1:
+    return wanted[0]
+  mixtures.load_tasks(data, name)
+  provider = mixtures.find_mixture(name, '--mixture')
+  with mixtures.reading(provider):
+    return next((split for split in wanted if split in provider.splits), wanted[0])
 
 
 def record(model: Any, output: paths.PathLike, settings: Settings, checkpoint: str = '',
@@ -87,14 +98,14 @@ def record(model: Any, output: paths.PathLike, settings: Settings, checkpoint: s
   check(settings)
   configs = {name: policies.configure(model.config, name) for name in settings.policies}
   data = data_settings(model.run, settings)
-  domains = tasks(data, settings.mixtures)
+  domains = tasks(data, settings)
   files.begin(output, {
       'checkpoint': checkpoint, 'model': to_dict(model.config), 'split': settings.split,
       'task_feature_lengths': dict(data.task_feature_lengths), 'batch_size': settings.batch_size, 'pack': data.pack,
       'vocabulary': {'path': data.vocabulary, 'extra_ids': data.extra_ids, 'fingerprint': vocabulary.fingerprint()}})
   keys = []
-  for domain in domains:
-    _record_domain(model, output, settings, data, domain, configs, say)
+  for domain, own in domains.items():
+    _record_domain(model, output, settings, own, domain, configs, say)
     keys += [files.Key(model.step, name, domain) for name in configs]
   return keys
 
@@ -114,19 +125,19 @@ def _record_domain(model: Any, output: paths.PathLike, settings: Settings, data:
       for number, batch in itertools.islice(enumerate(data_lib.eval_batches(data, domain)), first, None):
         for name, config in configs.items():
           if number >= writers[name].done.batches + writers[name].waiting:
-            _record_batch(model, config, policies.POLICIES[name], number, batch, writers[name])
+            record_batch(model, config, policies.POLICIES[name], number, batch, writers[name])
             bar.advance(size)
     for name, config in configs.items():
       together = policies.POLICIES[name].rows_together or settings.batch_size
       writers[name].finish(group_tokens(config, together, data.row_length, train=False)._asdict())
 
 
-def _record_batch(model: Any, config: Any, policy: policies.Policy, number: int, batch: Mapping[str, np.ndarray],
+def record_batch(model: Any, config: Any, policy: policies.Policy, number: int, batch: Mapping[str, np.ndarray],
                   writer: files.KeyWriter) -> None:
   """Runs one batch under one policy and gives it to the writer."""
   rows = len(batch['decoder_input_tokens'])
   token_parts, choice_parts, groups = [], [], 0
-  for start, part in _parts(batch, policy.rows_together or rows):
+  for start, part in parts_of(batch, policy.rows_together or rows):
     routing = forward(config, model.variables, part, model.mesh)
     first_group = number * (rows // len(part['decoder_input_tokens'])) * routing.grouping.num_groups + groups
     token_parts.append(tables.token_columns(routing, part, number * rows + start, first_group))
@@ -136,7 +147,7 @@ def _record_batch(model: Any, config: Any, policy: policies.Policy, number: int,
   writer.add(join(token_parts), [join(own) for own in zip(*choice_parts)])
 
 
-def _parts(batch: Mapping[str, np.ndarray], rows: int) -> Iterator:
+def parts_of(batch: Mapping[str, np.ndarray], rows: int) -> Iterator:
   """(first row, batch of `rows` rows) for the rows that hold text."""
   inside = np.asarray(batch['decoder_target_tokens']).any(axis=1)
   for start in range(0, len(inside), rows):
