@@ -25,7 +25,7 @@ FINDINGS = [
     {'name': 'load_balance', 'section': 'load', 'statement': f'Expert 2 likes {TOKEN}.', 'value': 2, 'low': None,
      'high': float('nan'), 'unit': '', 'chance': None, 'layer': 1, 'step': 1200, 'policy': 'none', 'domain': 'a_b',
      'headline': False}]
-ABOUT = {'checkpoint': '/runs/<demo>', 'model': {'num_experts': 8, 'emb_dim': 128}, 'recording': ['routing'],
+ABOUT = {'checkpoint': '/runs/<demo>', 'model': {'num_experts': 8, 'emb_dim': 128}, 'recordings': ['routing'], 'skipped': [],
          'steps': [0, 1200], 'policies': ['none', 't5x_eval'], 'domains': ['code', 'prose'], 'tokens': 32768}
 VOID = {'meta', 'link', 'img', 'br'}
 
@@ -105,7 +105,7 @@ def test_findings_first_then_figures_then_tables(tmp_path):
   assert [base64.b64decode(content) for _, content in images] == [SVG, PNG]
   about = dict(zip(page.text['dt'], page.text['dd']))
   assert about['steps'] == '0, 1,200' and about['model'] == 'num experts 8, emb dim 128' and about['tokens'] == '32,768'
-  assert about['version'].startswith('openmoe_jax ')
+  assert about['version'].startswith('openmoe_jax ') and 'skipped' not in about
 
 
 def test_a_large_svg_gives_way_to_its_png_and_a_long_table_to_its_file(tmp_path, monkeypatch):

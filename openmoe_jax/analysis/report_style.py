@@ -29,10 +29,11 @@ figure { margin: 1.5rem 0; }
 figcaption { margin-top: .4rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; caption-side: bottom; padding-top: .3rem; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { color: var(--soft); white-space: nowrap; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-td.text { min-width: 18rem; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  white-space: nowrap; }
+thead th { color: var(--soft); }
+th.number, td.number { text-align: right; }
+td.text { min-width: 18rem; white-space: normal; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
 @media (prefers-color-scheme: dark) { .picture img { filter: brightness(.92); } .picture { background: #ebebeb; } }
@@ -46,6 +47,6 @@ summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
   figure, ul.findings li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   table { font-size: 8pt; }
-  td.text { min-width: 0; }
+  th, td, td.text { min-width: 0; white-space: normal; }
 }
 '''

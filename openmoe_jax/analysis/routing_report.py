@@ -20,17 +20,16 @@ from openmoe_jax.config import ConfigError, require
 FIGURES, FINDINGS, REPORT = 'figures.json', 'findings.json', 'report.html'
 # In the order of the report; `tables` comes last.
 SECTIONS = {
-    'specialisation': 'What experts specialise in',
-    'context': 'What decides the expert: the token or its context',
-    'early': 'When routing is decided in training',
-    'drops': 'Dropped tokens, and where in the sequence they stand',
+    'specialisation': 'Specialisation of experts',
+    'context': 'Token or context',
+    'early': 'Routing over training',
+    'drops': 'Dropped tokens',
     'eviction': 'Places taken by later tokens',
-    'load': 'Load of the experts',
+    'load': 'Load of experts',
     'tables': 'Tables',
 }
 # What figures.json says about the recording, in the order of the report; anything else follows under its own name.
-_ABOUT = {'checkpoint': 'checkpoint', 'model': 'model', 'recording': 'recording', 'steps': 'steps', 'policies': 'policies',
-          'domains': 'domains', 'tokens': 'tokens'}
+_ABOUT = ('checkpoint', 'model', 'recordings', 'steps', 'policies', 'domains', 'tokens')
 _LARGEST_SVG = 400_000  # bytes; of a picture with more the PNG is smaller
 _MOST_ROWS = 200  # of a table; the rest stays in its file
 _NUMBER = re.compile(r'(-?[0-9][0-9,]*(\.[0-9]+)?(e[-+]?[0-9]+)?|nan|-|)')
@@ -121,9 +120,8 @@ def _version(about: Mapping[str, Any]) -> str:
 
 
 def _about(about: Mapping[str, Any]) -> List[str]:
-  order = [*(name for name in _ABOUT if name in about), *(name for name in about if name not in _ABOUT and name != 'version')]
-  rows = [(_ABOUT.get(name, name.replace('_', ' ')), plain(about[name])) for name in order]
-  rows.append(('version', f'openmoe_jax {_version(about)}'))
+  order = [name for name in dict.fromkeys([*_ABOUT, *about]) if name != 'version' and about.get(name) not in (None, [], '')]
+  rows = [*((name.replace('_', ' '), plain(about[name])) for name in order), ('version', f'openmoe_jax {_version(about)}')]
   return ['<dl>', *(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in rows), '</dl>']
 
 
