@@ -1,5 +1,6 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
 # make test      the quick tests              make test-all   the slow ones, and those that need PyTorch or lm-eval
+# make routing-study-small   what the demo's routers do: records its checkpoints, draws figures, writes a report
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
@@ -27,7 +28,7 @@ DATA_DEMO_DIR := runs/data_demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench bench-decode bench-data conversion-study install install-torch install-eval data-demo data-study clean
+.PHONY: demo routing-study-small test test-all bench bench-decode bench-data conversion-study install install-torch install-eval data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -35,6 +36,10 @@ demo: $(INSTALLED)
 	@echo "Results are in $(DEMO_DIR):"
 	@ls -1 $(DEMO_DIR)/*.png | sed 's/^/  /'
 	@echo "  TensorBoard: $(VENV)/bin/tensorboard --logdir=$(DEMO_DIR)"
+
+# Trains nothing; goes on where it was stopped.
+routing-study-small: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.routing_study_small --model_dir=$(DEMO_DIR) $(FLAGS)
 
 test: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch and not lm_eval"

@@ -25,7 +25,7 @@ ul.findings p { margin: 0 0 .3rem; }
 figure { margin: 1.5rem 0; }
 .wide { overflow-x: auto; }
 .picture { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-.picture img { display: block; width: 100%; min-width: 34rem; height: auto; }
+.picture img { display: block; max-width: max(100%, 34rem); height: auto; }
 figcaption { margin-top: .4rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; caption-side: bottom; padding-top: .3rem; }
@@ -43,7 +43,7 @@ summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
   nav, details { display: none; }
   .wide { overflow: visible; }
   .picture { border: 0; padding: 0; background: #fff; }
-  .picture img { min-width: 0; filter: none; max-height: 22cm; object-fit: contain; object-position: left; }
+  .picture img { max-width: 100%; max-height: 22cm; filter: none; }
   figure, ul.findings li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   table { font-size: 8pt; }
