@@ -11,6 +11,7 @@ as INITIAL_CHECKPOINT_PATH.
 
 import argparse
 import dataclasses
+import functools
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from etils import epath
@@ -119,25 +120,15 @@ def make_table(model: ModelConfig, params: Any, batches: Iterator[Any], count: i
   shape = (model.num_sparse_layers, model.vocab_size)
   totals = jnp.zeros((*shape, model.num_experts)), jnp.zeros(model.vocab_size)
 
-  @jax.jit
-  def routing(params, batch):
-    """Router probabilities [layers, N, E], choices [layers, N, S], ids and which are tokens [N], of rows [R, L]."""
-    record = OpenMoE(model, record_routing=True).apply({'params': params}, batch, method='features')[2]
-    ids = batch['decoder_input_tokens']
-    rows = lambda x: _ungrouped(model, x, *ids.shape)
-    return (rows(jax.nn.softmax(record.router_logits)), rows(record.assignment.expert_index), ids.reshape(-1),
-            make_logit_mask(ids).reshape(-1))
-
-  add = jax.jit(frozen.count_probabilities, donate_argnums=0)
   merged = lambda batch: {name: np.concatenate(list(x)) for name, x in batch.items()}
   for _ in range(count):
-    probs, _, ids, is_token = routing(params, merged(next(batches)))
-    totals = add(totals, probs, ids, is_token)
-  experts = jax.jit(frozen.table, static_argnums=0)(model, totals)
+    probs, _, ids, is_token = _routing(model, params, merged(next(batches)))
+    totals = _add(totals, probs, ids, is_token)
+  experts = _table(model, totals)
   same, tests = np.zeros(shape[0]), max(count // 5, 1)
   for _ in range(tests):
-    _, chosen, ids, is_token = routing(params, merged(next(batches)))
-    same += np.asarray(jax.jit(frozen.agreement)(experts, chosen, ids, is_token)) / tests
+    _, chosen, ids, is_token = _routing(model, params, merged(next(batches)))
+    same += np.asarray(_agreement(experts, chosen, ids, is_token)) / tests
   seen = np.asarray(totals[1])
   by_chance = model.num_selected_experts / model.num_experts
   lines = [f'{int(seen.sum())} tokens of {(seen > 0).sum()} different ids were routed; the other '
@@ -145,6 +136,21 @@ def make_table(model: ModelConfig, params: Any, batches: Iterator[Any], count: i
            f"share of the router's choices that the table names, in {tests} further batches (by chance {by_chance:.1%}):"]
   lines += [f'  layer {layer}: {share:.1%}' for layer, share in zip(sparse_layers(model), same)]
   return experts, lines
+
+
+_add = jax.jit(frozen.count_probabilities, donate_argnums=0)
+_table = jax.jit(frozen.table, static_argnums=0)
+_agreement = jax.jit(frozen.agreement)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _routing(model: ModelConfig, params: Any, batch: Any):
+  """Router probabilities [layers, N, E], choices [layers, N, S], ids and which are tokens [N], of rows [R, L]."""
+  record = OpenMoE(model, record_routing=True).apply({'params': params}, batch, method='features')[2]
+  ids = batch['decoder_input_tokens']
+  rows = lambda x: _ungrouped(model, x, *ids.shape)
+  return (rows(jax.nn.softmax(record.router_logits)), rows(record.assignment.expert_index), ids.reshape(-1),
+          make_logit_mask(ids).reshape(-1))
 
 
 def _ungrouped(model: ModelConfig, x: jax.Array, rows: int, length: int) -> jax.Array:
