@@ -3,10 +3,10 @@
   python -m openmoe_jax.tools.router_study --output=runs/router_study          # or: make router-study
   python -m openmoe_jax.tools.router_study --output=runs/router_study --seeds=0,1,2,3,4,5   # more seeds, later
 
-Every variant (`VARIANTS`) is trained with every seed on the same number of tokens. A seed decides initialisation and order
-of the data and is the same for all variants: what is reported is the difference to the default within seeds, with 95 %
-intervals over seeds (Student's t). A stopped study goes on with the same command; what is lost is the training of one
-variant with one seed.
+Every variant (`router_variants`) is trained with every seed on the same number of tokens. A seed decides initialisation
+and order of the data and is the same for all variants: what is reported is the difference to the default within seeds,
+with 95 % intervals over seeds (Student's t). A stopped study goes on with the same command; what is lost is the training
+of one variant with one seed.
 """
 
 import argparse
@@ -16,68 +16,37 @@ import io
 import itertools
 import json
 import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
-import dataclasses
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from openmoe_jax import command_line, data as data_lib, decoding, mixtures, mt_bench, paths, scoring, vocabulary
-from openmoe_jax.analysis import drop_statistics, flops, routing_statistics, score_plots, seeds as seeds_lib
+from openmoe_jax import command_line, data as data_lib, decoding, mt_bench, paths, scoring
+from openmoe_jax.analysis import drop_statistics, routing_statistics, score_plots, seeds as seeds_lib
 from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.bar import Bar
 from openmoe_jax.config import ModelConfig, RunConfig, require, to_dict
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.optimizers import make_optimizer
 from openmoe_jax.routers.groups import group_tokens
+from openmoe_jax.tools import router_speed
 from openmoe_jax.tools.bench_train_step import cpu_seconds
 from openmoe_jax.tools.freeze_router import make_table
+from openmoe_jax.tools.router_variants import BASELINE, DOMAINS, Settings, Texts, VARIANTS, model_of
 from openmoe_jax.train_state import TrainState, init_params, init_train_state
 from openmoe_jax.train_step import make_train_step, random_keys
 
-BASELINE = 'default'
-SESSIONS = 'part_sessions_full_lm'  # prompts, what is typed, and what is answered: turns of a conversation
-QUESTIONS = 'mt_bench_turns_full_lm'
-CONVERSATION_SHARE = .25  # of the rows of the warm-up that has conversations in it
-DOMAINS = ('language_c', 'language_javascript', 'language_markdown', 'manual_de', 'manual_fr', 'manual_ja')
+Result = Dict[str, Any]
 _FREEZING_BATCHES = 50
-
-
-class Variant(NamedTuple):
-  """Attributes:
-    model: settings of ModelConfig that differ from the recipe's.
-    conversations: whether the warm-up has conversations in it.
-    freeze: whether routing is frozen by token id after the warm-up.
-    dense: experts a token of the sparse model with whose FLOPs a dense twin is wide enough: 'chosen' or 'trained'.
-  """
-  model: Mapping[str, Any] = {}
-  conversations: bool = False
-  freeze: bool = False
-  dense: str = ''
-
-
-VARIANTS = {
-    BASELINE: Variant(),
-    'capacity_times_k': Variant({'capacity_times_k': True}),
-    'dropless': Variant({'capacity_mode': 'none', 'dispatch': 'dropless'}),
-    'conversations_in_warmup': Variant(conversations=True),
-    'frozen_after_warmup': Variant(freeze=True),
-    'random_priority': Variant({'priority': 'random'}),
-    'loss_free': Variant({'router': 'sigmoid', 'normalize_gates': True, 'aux_loss_factor': 0.,
-                          'router_z_loss_factor': 0.}),
-    'parallel_layer': Variant({'parallel_moe': True}),
-    'parallel_attention': Variant({'parallel_attention': True}),
-    'dense_as_chosen': Variant(dense='chosen'),
-    'dense_as_trained': Variant(dense='trained'),
-}
 LOSSES = {'loss_in': 'loss in domain', 'loss_out': 'out of domain', 'loss_conversations': 'conversations'}
 TABLES = {
     'Validation loss, every choice served': LOSSES,
     'Validation loss with the capacity of evaluation': {f'{name}_eval': title for name, title in LOSSES.items()},
     'Routing in domain': {'drop': 'dropped in training', 'drop_slope': 'rise along the row', 'load_cv': 'CV of loads',
                           'kappa': 'stability (kappa)'},
-    'Speed': {'cpu_seconds_per_step': 'CPU-seconds a step', 'training_gflops_per_token': 'GFLOPs a token'},
 }
+SPEED = {'cpu_seconds': 'CPU-seconds a step', 'seconds': 'seconds a step', 'mflops': 'training MFLOPs a token'}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -91,28 +60,20 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   flags.add_argument('--variants', default=','.join(VARIANTS), help='names, by commas; default: %(default)s')
   flags.add_argument('--seeds', default='0,1,2', help='numbers, by commas (%(default)s)')
   flags.add_argument('--steps', type=int, default=300, help='training steps (%(default)s)')
-  flags.add_argument('--warmup', type=int, help='steps before routing is frozen or conversations end; default: a quarter')
+  flags.add_argument('--warmup', type=int, help='steps before routing is frozen, or conversations end; default: a '
+                     'quarter')
   flags.add_argument('--domains', default=','.join(DOMAINS), help='out of domain, as far as this machine has them '
                      '(%(default)s)')
   flags.add_argument('--batches', type=int, default=16, help='of validation, per source (%(default)s)')
   flags.add_argument('--mt_bench', metavar='FILE', help="MT-Bench's question.jsonl: further conversations")
+  flags.add_argument('--speed_rounds', type=int, default=20, help='in which every variant makes a few timed steps; 0 '
+                     'for none (%(default)s)')
   args = flags.parse_args(argv)
   run = _run_config(args)
-  results = study(run, settings_of(args))
-  for file in write_report(args.output, results):
+  results, speed = study(run, settings_of(args))
+  for file in write_report(args.output, results, speed):
     print(f'wrote {file}')
-  print('\n' + '\n'.join(report(results)))
-
-
-class Settings(NamedTuple):
-  """The flags; see their help."""
-  variants: Sequence[str]
-  seeds: Sequence[int]
-  steps: int
-  warmup: int
-  domains: Sequence[str]
-  batches: int
-  questions: str
+  print('\n' + '\n'.join(report(results, speed)))
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -121,16 +82,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
   for name in names:
     require(name in VARIANTS, f'--variants: {name!r} is not known; valid: {", ".join(VARIANTS)}')
   numbers = [seed.strip() for seed in args.seeds.split(',')]
-  require(all(seed.isdecimal() for seed in numbers) and len(set(numbers)) == len(numbers), f'--seeds={args.seeds} must be '
-          'different whole numbers, such as 0,1,2')
+  require(all(seed.isdecimal() for seed in numbers) and len(set(numbers)) == len(numbers), f'--seeds={args.seeds} must '
+          'be different whole numbers, such as 0,1,2')
   require(args.steps >= 4, f'--steps={args.steps} must be at least 4')
   require(args.batches >= 2, f'--batches={args.batches} must be at least 2')
   warmup = args.steps // 4 if args.warmup is None else args.warmup
   require(0 < warmup < args.steps, f'--warmup={warmup} must be at least 1 and less than --steps={args.steps}')
+  require(args.speed_rounds >= 0, f'--speed_rounds={args.speed_rounds} must not be negative')
   if args.mt_bench:
     mt_bench.read_questions(args.mt_bench)
   return Settings(tuple(names), tuple(map(int, numbers)), args.steps, warmup,
-                  tuple(name for name in args.domains.split(',') if name), args.batches, args.mt_bench or '')
+                  tuple(name for name in args.domains.split(',') if name), args.batches, args.mt_bench or '',
+                  args.speed_rounds)
 
 
 def _run_config(args: argparse.Namespace) -> RunConfig:
@@ -140,91 +103,10 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
   args.gin_bindings = [f'TRAIN_STEPS={args.steps}', f'OptimizerConfig.warmup_steps={max(args.steps // 20, 1)}',
                        *args.gin_bindings]
   run = command_line.run_config(args)
-  require(run.model.num_experts > 0 and run.model.router == 'top_k', 'the study is of models with experts and the router '
-          f"'top_k', not {run.model.num_experts} experts and {run.model.router!r}")
-  require(run.train.num_microbatches == 1, f'TrainConfig.num_microbatches = {run.train.num_microbatches}: the study has 1')
+  require(run.model.num_experts > 0 and run.model.router == 'top_k', 'the study is of models with experts and the '
+          f"router 'top_k', not {run.model.num_experts} experts and {run.model.router!r}")
+  require(run.train.num_microbatches == 1, f'TrainConfig.num_microbatches = {run.train.num_microbatches} must be 1 here')
   return run
-
-
-# The variants.
-
-
-def model_of(run: RunConfig, variant: Variant) -> ModelConfig:
-  """The model of a variant (of a frozen one, before it is frozen)."""
-  if variant.dense:
-    return dense_twin(run.model, run.data.row_length, run.data.batch_size, variant.dense)
-  return run.model.replace(**variant.model)
-
-
-def dense_twin(model: ModelConfig, length: int, rows: int, experts: str) -> ModelConfig:
-  """The same layers without experts, so wide that a forward pass has the same useful FLOPs (`analysis.flops`).
-
-  Args:
-    experts: 'chosen': a token of the sparse model counts with all experts that it chooses; 'trained': with those that the
-      training capacity has slots for, on average.
-  """
-  if experts == 'chosen':
-    model = model.replace(capacity_mode='none')
-  wanted = sum(flops.forward_flops_per_token(model, length, rows).values())
-  twin = model.replace(num_experts=0, moe_interval=1)
-  one, two = (sum(flops.forward_flops_per_token(twin.replace(mlp_dim=width), length, rows).values()) for width in (1, 2))
-  return twin.replace(mlp_dim=round(1 + (wanted - one) / (two - one)))
-
-
-# Data.
-
-
-def register_questions(file: str) -> None:
-  """A task of the turns of MT-Bench's questions: every other one is for training, the rest for validation."""
-  from openmoe_jax.tasks import demo
-  from openmoe_jax.tasks.standard_library import Document
-  seqio = data_lib.import_seqio()
-  if QUESTIONS in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.remove(QUESTIONS)
-  documents = [Document(str(question.id), '\n\n'.join(question.turns) + '\n') for question in mt_bench.read_questions(file)]
-  parts = {'train': documents[0::2], 'validation': documents[1::2]}
-  preprocessor, features = demo.OBJECTIVES['full_lm']
-  seqio.TaskRegistry.add(QUESTIONS, source=demo.DocumentSource(parts.get, tuple(parts)), preprocessors=[preprocessor],
-                         output_features=features, shuffle_buffer_size=demo.SHUFFLE_BUFFER)
-
-
-class Texts:
-  """Batches of training and of validation, each read once."""
-
-  def __init__(self, run: RunConfig, settings: Settings):
-    vocabulary.configure(run.data.vocabulary, run.data.extra_ids)
-    vocabulary.check_fits(run.model.vocab_size)
-    self._run, self._settings = run, settings
-    mixtures.load_tasks(run.data, run.data.mixture_or_task)
-    self.conversations = [SESSIONS] + [QUESTIONS] * bool(settings.questions)
-    if settings.questions:
-      register_questions(settings.questions)
-    from openmoe_jax.tasks import domains
-    for name in settings.domains:
-      require(name in domains.KINDS, f'--domains: {name!r} is not known; valid: {", ".join(domains.KINDS)}')
-    there = {name for kind in {name.partition('_')[0] for name in settings.domains} for name in domains.available(kind)}
-    self.outside = [f'{name}_full_lm' for name in settings.domains if name in there]
-    require(bool(self.outside), f'--domains={",".join(settings.domains)}: this machine has none of these texts')
-    self.inside = data_lib.eval_sources(run.data)
-
-  @functools.lru_cache(maxsize=4)
-  def training(self, seed: int, conversations: bool) -> Sequence[data_lib.Batch]:
-    """All batches of a run, [1, rows, length] each."""
-    mixture = self._run.data.mixture_or_task
-    schedule = [f'0: {mixture}']
-    if conversations:
-      share = CONVERSATION_SHARE / len(self.conversations)
-      added = ' + '.join(f'{share} {name}' for name in self.conversations)
-      schedule = [f'0: {1 - CONVERSATION_SHARE} {mixture} + {added}', f'{self._settings.warmup}: {mixture}']
-    data = dataclasses.replace(self._run.data, mixture_schedule=tuple(schedule), seed=seed)
-    return list(itertools.islice(data_lib.TrainStreams(data), self._settings.steps))
-
-  @functools.lru_cache(maxsize=None)
-  def validation(self, source: str) -> Sequence[data_lib.Batch]:
-    """Batches [rows, length] of a source's split for validation, or of all of it, without rows of padding alone."""
-    data = dataclasses.replace(self._run.data, eval_batches=self._settings.batches,
-                               eval_split='all' if source in self.outside else 'validation')
-    return [batch for batch in data_lib.eval_batches(data, source) if batch['decoder_target_tokens'].any(axis=1).all()]
 
 
 # Training and measuring.
@@ -259,7 +141,7 @@ def _forward(config: ModelConfig, train: bool, variables: Any, batch: Any, key: 
   hidden, kernel, record = OpenMoE(config, record_routing=config.num_experts > 0).apply(
       variables, batch, train, rngs=random_keys(key), method='features')
   log_probs, _ = scoring.log_likelihoods(hidden, kernel, targets, config.loss_chunk_tokens)
-  log_probs = jax.numpy.where(targets > 0, log_probs, np.nan)
+  log_probs = jnp.where(targets > 0, log_probs, np.nan)
   if record is None:
     return log_probs, None, None, make_logit_mask(ids)
   grouping = group_tokens(config, rows, length, train)
@@ -280,7 +162,7 @@ class Study:
         lambda config: make_train_step(config, self._optimizer, schedule=None))
     self._inside = [batch for source in texts.inside for batch in texts.validation(source)]
 
-  def train(self, name: str, seed: int, advance: Callable[[int], None]) -> Dict[str, Any]:
+  def train(self, name: str, seed: int, advance: Callable[[int], None]) -> Result:
     """One variant with one seed: its result."""
     variant, steps, warmup = VARIANTS[name], self._settings.steps, self._settings.warmup
     config = model_of(self._run, variant)
@@ -309,8 +191,6 @@ class Study:
         'mlp_dim': config.mlp_dim, 'training_loss': float(np.mean(losses[-last:])), 'losses': losses,
         'without_expert_in_training': float(np.mean(dropped[-last:])),
         'cpu_seconds_per_step': float(np.median(seconds[steps // 2:])),
-        'training_gflops_per_token': flops.train_flops_per_token(config, self._run.data.row_length,
-                                                                 self._run.data.batch_size) / 1e9,
         **self._losses(config, state), **self._routing(config, state, half_way),
         'wall_seconds': time.monotonic() - began}
 
@@ -321,7 +201,7 @@ class Study:
     table, _ = make_table(config, state.params, itertools.cycle(seen[::-1]), count)
     return config.replace(router='frozen'), state.replace(router_state={'experts': table})
 
-  def _losses(self, config: ModelConfig, state: TrainState) -> Dict[str, Any]:
+  def _losses(self, config: ModelConfig, state: TrainState) -> Result:
     """Nats per target: of each source, and means over the sources of a kind."""
     texts, found = self._texts, {}
     for ending, own in (('', decoding.dropless(config)), ('_eval', config)):
@@ -334,7 +214,7 @@ class Study:
         found[f'loss_{kind}{ending}'] = float(np.mean([found[f'loss{ending}/{source}'] for source in sources]))
     return found
 
-  def _routing(self, config: ModelConfig, state: TrainState, half_way: Pass) -> Dict[str, Any]:
+  def _routing(self, config: ModelConfig, state: TrainState, half_way: Pass) -> Result:
     """Drops under the capacity of training, loads, and agreement with the routing half-way; none of a dense model."""
     if not config.num_experts:
       return {}
@@ -348,10 +228,9 @@ class Study:
     drops = drop_statistics.drops(kept.reshape(-1, kept.shape[-1]), every(rows))
     along = drop_statistics.by_position(1. - kept.mean(axis=-1).reshape(-1), every(positions), every(rows),
                                         end.is_token.shape[1])
-    same = [routing_statistics.agreement(half_way.expert[layer][end.is_token][:, 0], end.expert[layer][end.is_token][:, 0],
-                                         ids, rows) for layer in range(layers)]
-    loads = np.stack([np.bincount(end.expert[layer][end.is_token].reshape(-1), minlength=config.num_experts)
-                      for layer in range(layers)])
+    before, after = half_way.expert[:, end.is_token], end.expert[:, end.is_token]
+    same = [routing_statistics.agreement(before[layer, :, 0], after[layer, :, 0], ids, rows) for layer in range(layers)]
+    loads = np.stack([np.bincount(after[layer].reshape(-1), minlength=config.num_experts) for layer in range(layers)])
     loads = loads / loads.mean(axis=1, keepdims=True)
     return {'drop': drops.choices.value, 'drop_by_rank': [rank.value for rank in drops.ranks],
             'without_expert': drops.without_expert.value, 'drop_by_position': along.curve.value.tolist(),
@@ -363,8 +242,11 @@ class Study:
 # The whole.
 
 
-def study(run: RunConfig, settings: Settings, say: Callable[[str], None] = print) -> List[Dict[str, Any]]:
-  """Trains what is missing in `run.model_dir`; returns all results there, in the order of `VARIANTS`.
+def study(run: RunConfig, settings: Settings, say: Callable[[str], None] = print) -> Tuple[List[Result], List[Result]]:
+  """Trains and times what is missing in `run.model_dir`.
+
+  Returns:
+    All results of training there, in the order of `VARIANTS`, and those of `router_speed`.
 
   Raises:
     ConfigError: the folder holds a study with other settings, or is in use.
@@ -374,20 +256,28 @@ def study(run: RunConfig, settings: Settings, say: Callable[[str], None] = print
   with paths.locked(folder / '.lock', f'{folder} is used'):
     _same_settings(folder / 'study.json', run, settings)
     # Seed by seed, so that a study that was stopped compares as many variants as it can.
-    pending = [(name, seed) for seed in settings.seeds for name in settings.variants if not _file(folder, name, seed).exists()]
-    total = len(settings.variants) * len(settings.seeds)
-    if pending:
-      own = Study(run, settings, Texts(run, settings))
-      with Bar(total * settings.steps, say, 'router study', lambda n: f'{n:.1f} steps') as bar:
-        bar.advance((total - len(pending)) * settings.steps)
+    pending = [(name, seed) for seed in settings.seeds for name in settings.variants
+               if not _file(folder, name, seed).exists()]
+    speed = router_speed.measured(folder, settings.variants, settings.speed_rounds)
+    timed = 0 if speed or not settings.speed_rounds else settings.speed_rounds + 1
+    runs = len(settings.variants) * len(settings.seeds)
+    if pending or timed:
+      texts = Texts(run, settings)
+      total = runs * settings.steps + timed * len(settings.variants) * router_speed.STEPS
+      with Bar(total, say, 'router study', lambda n: f'{n:.1f} steps') as bar:
+        bar.advance((runs - len(pending)) * settings.steps)
+        own = Study(run, settings, texts)
         for name, seed in pending:
           result = own.train(name, seed, bar.advance)
           paths.write_text(_file(folder, name, seed), json.dumps(result, indent=1) + '\n')
           say(f'{name}, seed {seed}: loss in domain {result["loss_in"]:.3f}, out of domain {result["loss_out"]:.3f}, '
-              f'{result["cpu_seconds_per_step"]:.3f} CPU-seconds a step, {result["wall_seconds"]:.0f} s')
-    results = [json.loads(file.read_text()) for file in sorted((folder / 'runs').glob('*.json'))]
+              f'{result["wall_seconds"]:.0f} s')
+        if timed:
+          batches = texts.training(settings.seeds[0], False)
+          speed = router_speed.measure(run, settings.variants, batches, settings.speed_rounds, bar.advance)
+    results = [json.loads(file.read_text()) for file in (folder / 'runs').glob('*.json')]
   order = list(VARIANTS)
-  return sorted(results, key=lambda result: (order.index(result['variant']), result['seed']))
+  return sorted(results, key=lambda result: (order.index(result['variant']), result['seed'])), speed
 
 
 def _file(folder: Any, name: str, seed: int) -> Any:
@@ -397,36 +287,40 @@ def _file(folder: Any, name: str, seed: int) -> Any:
 def _same_settings(file: Any, run: RunConfig, settings: Settings) -> None:
   """Writes down what all results of a folder share, or compares it with what is written there."""
   own = {**{name: getattr(settings, name) for name in ('steps', 'warmup', 'domains', 'batches')},
-         'mt_bench': bool(settings.questions), **{part: to_dict(getattr(run, part)) for part in ('model', 'data', 'optimizer')}}
+         'mt_bench': bool(settings.questions),
+         **{part: to_dict(getattr(run, part)) for part in ('model', 'data', 'optimizer')}}
   own = json.loads(json.dumps(own))
   if not file.exists():
     paths.write_text(file, json.dumps(own, indent=1) + '\n')
     return
   before = json.loads(file.read_text())
   changed = [name for name in own if before.get(name) != own[name]]
-  require(not changed, f'{file.parent} holds a study with another setting of {", ".join(changed)}; give another --output')
+  require(not changed, f'{file.parent} holds a study with other settings ({", ".join(changed)}); give another '
+          '--output')
 
 
-def report(results: Sequence[Mapping[str, Any]]) -> List[str]:
+def report(results: Sequence[Result], speed: Sequence[Result]) -> List[str]:
   """All tables in Markdown."""
   lines = []
   for title, columns in TABLES.items():
     lines += [f'{title}:', '', *seeds_lib.table(results, columns, BASELINE), '']
+  if speed:
+    lines += ['Speed:', '', *seeds_lib.table(speed, SPEED, BASELINE, counted='rounds')]
   return lines
 
 
-def write_report(output: paths.PathLike, results: Sequence[Mapping[str, Any]]) -> List[str]:
+def write_report(output: paths.PathLike, results: Sequence[Result], speed: Sequence[Result]) -> List[str]:
   """Writes results.csv (a line a run), summary.json, tables.md and the pictures; returns their paths."""
   folder = paths.path(output)
-  single = [name for name, value in results[0].items() if isinstance(value, (int, float, str))]
+  columns = list(dict.fromkeys(name for result in results for name, value in result.items()
+                               if isinstance(value, (int, float, str))))
   stream = io.StringIO()
-  writer = csv.DictWriter(stream, single, extrasaction='ignore', restval='')
+  writer = csv.DictWriter(stream, columns, extrasaction='ignore', restval='')
   writer.writeheader()
   writer.writerows(results)
-  figures = [name for columns in TABLES.values() for name in columns]
-  summary = {figure: {variant: {'seeds': own.seeds, 'mean': own.mean, 'difference': own.difference} for variant, own in
-                      seeds_lib.summarise(results, figure, BASELINE).items()} for figure in figures}
-  texts = {'results.csv': stream.getvalue(), 'tables.md': '\n'.join(report(results)) + '\n',
+  summary = {figure: {variant: own._asdict() for variant, own in seeds_lib.summarise(found, figure, BASELINE).items()}
+             for found, figures in ((results, itertools.chain(*TABLES.values())), (speed, SPEED)) for figure in figures}
+  texts = {'results.csv': stream.getvalue(), 'tables.md': '\n'.join(report(results, speed)) + '\n',
            'summary.json': json.dumps(summary, indent=1) + '\n'}
   for name, text in texts.items():
     paths.write_text(folder / name, text)

@@ -1,7 +1,7 @@
 """Several ways of training, each with several seeds: means, intervals over seeds, and differences within seeds.
 
-A result is a dictionary with 'variant', 'seed' and figures. Where the same seed means the same initialisation and the same
-data for every variant, differences within seeds leave out what the seed alone does, and their intervals are narrower.
+A result is a dictionary with 'variant', 'seed' and figures. Where the same seed means the same initialisation and the
+same data for every variant, differences within seeds leave out what the seed alone does: their intervals are narrower.
 """
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
@@ -55,18 +55,20 @@ def sign(difference: Estimate) -> str:
   return '+' if difference.low > 0 else '-' if difference.high < 0 else 'o'
 
 
-def table(results: Sequence[Result], columns: Mapping[str, str], baseline: str, digits: int = 3) -> List[str]:
-  """A Markdown table: a row a variant; of each figure mean ± half of the interval, then its difference to the baseline,
-  bold where the interval leaves out 0.
+def table(results: Sequence[Result], columns: Mapping[str, str], baseline: str, digits: int = 3,
+          counted: str = 'seeds') -> List[str]:
+  """A Markdown table: a row a variant; of each figure the mean ± half of its interval, then the difference to the
+  baseline, bold where its interval leaves out 0.
 
   Args:
     columns: {figure: title}.
+    counted: what a variant has several of.
   """
   found = {figure: summarise(results, figure, baseline) for figure in columns}
   variants = list(dict.fromkeys(result['variant'] for result in results))
   seeds = lambda variant: sum(result['variant'] == variant for result in results)
   titles = [cell for title in columns.values() for cell in (title, 'to the default')]
-  lines = [f'| variant | seeds | {" | ".join(titles)} |', '|---' * (2 + len(titles)) + '|']
+  lines = [f'| variant | {counted} | {" | ".join(titles)} |', '|---' * (2 + len(titles)) + '|']
   for variant in variants:
     cells = [f'`{variant}`', str(seeds(variant))]
     for figure in columns:
