@@ -9,6 +9,9 @@
 `record` writes parquet files with a line for every token and sparse layer: experts, gates, slots, what was dropped, where
 the token stands, its loss. The same command after a stop goes on where it was. `report` makes one HTML file of what
 `figures` wrote. docs/routing_analysis.md has the columns.
+  openmoe-analyze ablate runs/demo --mixture=demo_full_lm --output=runs/demo/ablation
+the token stands, its loss. The same command after a stop goes on where it was. docs/routing_analysis.md has the columns.
+`ablate` takes out experts, or replaces a layer's router, and reports how much the loss of each domain changes.
 """
 
 import argparse
@@ -35,10 +38,12 @@ def parser() -> command_line.Parser:
   """The program's flags."""
   flags = command_line.Parser(configured=False, prog='openmoe-analyze', description=__doc__)
   commands = flags.add_subparsers(required=True, metavar='record|report', parser_class=functools.partial(
+  commands = flags.add_subparsers(required=True, metavar='record|figures|ablate', parser_class=functools.partial(
       command_line.Parser, configured=False))
   analyze_figures.add_flags(commands.add_parser('figures'))
   record = commands.add_parser('record', description='Writes the routing of a checkpoint over tasks as parquet files.')
   record.set_defaults(run=_record)
+  _add_ablate(commands)
   checkpoint_flags.add_flags(record, capacity_mode=False)
   group = record.add_argument_group('what is recorded')
   group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
@@ -73,13 +78,63 @@ def _record(args: argparse.Namespace) -> None:
                               args.batch_size, args.part_tokens)
   collect.check(settings)
   for model in _models(args):
-    data = dict(model.run['data'])
-    if args.tfds_data_dir is not None:
-      data['tfds_data_dir'] = args.tfds_data_dir
-    data['module_imports'] = [*data['module_imports'], *_names(args.module_imports or '')]
-    model.run = {**model.run, 'data': data}
+    _set_data(args, model)
     collect.record(model, args.output, settings, str(loading.home(args.checkpoint)))
   print(f'wrote {args.output}')
+
+
+def _set_data(args: argparse.Namespace, model: Any) -> None:
+  """Where the model's data come from, as the flags say."""
+  data = dict(model.run['data'])
+  if args.tfds_data_dir is not None:
+    data['tfds_data_dir'] = args.tfds_data_dir
+  data['module_imports'] = [*data['module_imports'], *_names(args.module_imports or '')]
+  model.run = {**model.run, 'data': data}
+
+
+def _add_ablate(commands: Any) -> None:
+  """The flags of `ablate`."""
+  ablate = commands.add_parser('ablate', description='Takes out experts of a checkpoint, or replaces the router of a '
+                               'layer, and reports how much the loss of each task changes.')
+  ablate.set_defaults(run=_ablate)
+  checkpoint_flags.add_flags(ablate, capacity_mode=False)
+  group = ablate.add_argument_group('what is ablated, and on what')
+  group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
+  group.add_argument('--output', required=True, metavar='FILE', help='FILE.json, FILE.csv, pictures, and FILE.npz, from '
+                     'which the same command goes on; local or gs://')
+  group.add_argument('--ablations', default='', metavar='KIND[,KIND]', help='zero, next (of experts), no_experts, random, '
+                     'uniform, hash, same, table (of layers); default: all that make sense for the router')
+  group.add_argument('--experts', default='', metavar='LAYER:EXPERT[,..]', help='default: all of the layers')
+  group.add_argument('--layers', default='', metavar='LAYER[,LAYER]', help='numbers of sparse layers; default: all, or with '
+                     '--experts none')
+  group.add_argument('--tokens', type=int, default=8192, help='positions of each task; default 8192')
+  group.add_argument('--split', default='validation', help='of the tasks; default validation')
+  group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
+  group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
+  group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
+
+
+def _ablate(args: argparse.Namespace) -> None:
+  from openmoe_jax.analysis import surgery, surgery_report
+  from openmoe_jax.recording import collect
+  data = collect.Settings(_names(args.mixture), tokens=args.tokens, split=args.split, length=args.length,
+                          batch_size=args.batch_size)
+  collect.check(data)
+  experts = [tuple(_integers('--experts', pair, ':', 2)) for pair in _names(args.experts)]
+  layers = _integers('--layers', args.layers, ',') if args.layers else []
+  stem = args.output.removesuffix('.json')
+  model = checkpoint_flags.load_model(args)
+  _set_data(args, model)
+  found = surgery.ablate(model, data, _names(args.ablations), experts, layers, f'{stem}.npz')
+  print('\n'.join([*surgery_report.summary(found), *(f'wrote {file}' for file in surgery_report.write(found, stem))]))
+
+
+def _integers(flag: str, text: str, separator: str, count: int = 0) -> Sequence[int]:
+  """The numbers in a flag's value; `count` of them if that is not 0."""
+  parts = text.split(separator)
+  require(all(part.strip().isdigit() for part in parts) and len(parts) == (count or len(parts)), f'{flag}: {text!r} must '
+          f'be {count or ""} numbers with {separator!r} between them'.replace('  ', ' '))
+  return [int(part) for part in parts]
 
 
 def _names(text: str) -> Sequence[str]:

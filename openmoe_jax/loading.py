@@ -67,6 +67,14 @@ class Model:
     from openmoe_jax.recording import tables
     return tables.record_text(self, text, policy)
 
+  def ablate(self, mixture: str, tokens: int = 8192, **options) -> Any:
+    """What each expert, and each router's decisions, are worth on the tasks of a mixture: change of loss, as a data frame;
+    see `analysis.surgery.ablate` for the options and `surgery_report.records` for the columns."""
+    from openmoe_jax.analysis import surgery, surgery_report
+    from openmoe_jax.recording import collect, tables
+    found = surgery.ablate(self, collect.Settings([mixture], tokens=tokens), **options)
+    return tables.to_frame(surgery_report.columns(found))
+
 
 def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **changes) -> Model:
   """Reads the parameters of a checkpoint; what it is follows from the config.json beside it, gin is not involved.

@@ -13,6 +13,7 @@ from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder
 from openmoe_jax.moe import MoE, RoutingRecord
 from openmoe_jax.partitioning import STACKED, constrain
 from openmoe_jax.routers.state import State, check_state, init_state
+from openmoe_jax.routers.surgery import SURGERY
 
 # Sub-layer outputs that the remat policy 'minimal' keeps.
 REMAT_NAMES = ('attention_out', 'mlp_out', 'extra_mlp_out')
@@ -198,6 +199,7 @@ class OpenMoE(nn.Module):
   def _run(self, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
     x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
     state = init_state(self.config) if self.is_initializing() else dict(self.variables.get(ROUTER_STATE, {}))
+    state.update({SURGERY: edits for name, edits in self.variables.items() if name == SURGERY})
     return self.decoder(x, context, train, cache, state)
 
   def _check_call(self, train: bool) -> None:

@@ -54,7 +54,7 @@ def forward(config: ModelConfig, params: Any, batch: Mapping[str, np.ndarray], m
   """
   rows, length = np.shape(batch['decoder_input_tokens'])
   grouping = group_tokens(config, rows, length, train=False)
-  features = {name: value for name, value in batch.items() if name in _FEATURES}
+  features = {name: value for name, value in batch.items() if name in FEATURES}
   with decoding.mesh_scope(mesh):
     out = _run(decoding.for_prompts(config, length), params, {k: decoding.place(mesh, v) for k, v in features.items()})
     out = jax.tree.map(functools.partial(decoding.fetch, mesh), out)
@@ -62,7 +62,7 @@ def forward(config: ModelConfig, params: Any, batch: Mapping[str, np.ndarray], m
   return Routing(*out[:5], *np.divmod(number, np.int32(grouping.group_size)), *out[5:], grouping)
 
 
-_FEATURES = ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_causal_attention')
+FEATURES = ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_segment_ids', 'decoder_causal_attention')
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
