@@ -184,7 +184,10 @@ class TrainConfig:
     log_period: steps between points in TensorBoard.
     eval_period: steps between evaluations; 0 evaluates only at the end.
     stop_on_nan: end the run, its checkpoints kept, when loss or gradients are no longer finite.
-    plots: write PNGs of loss and expert load when the run ends.
+    plots: write PNGs of loss, expert load and routing when the run ends.
+    routing_metrics: log for every sparse layer who is dropped and how sure the router is (docs/routing_analysis.md).
+    max_metric_keys: most curves in TensorBoard, half of them of training, the others of the sources of validation together;
+      figures of single experts, then of single layers give way. metrics.jsonl has everything.
   """
   train_steps: int = 1000
   num_microbatches: int = 1
@@ -193,10 +196,12 @@ class TrainConfig:
   eval_period: int = 1000
   stop_on_nan: bool = True
   plots: bool = True
+  routing_metrics: bool = True
+  max_metric_keys: int = 300
 
   def __post_init__(self):
     integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
-    integers(self, 0, 'seed', 'eval_period')
+    integers(self, 0, 'seed', 'eval_period', 'max_metric_keys')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Evaluator:
     self._eval_step = eval_step
     self._sources = {source: self._read(source) for source in data_lib.eval_sources(run.data)}
 
+  @property
+  def num_records(self) -> int:
+    """How many records a call gives."""
+    return len(self._sources) + (len(self._sources) > 1)
+
   def _read(self, source: str) -> _Source:
     batches = list(data_lib.eval_batches(self._run.data, source))
     return _Source(batches, sum(target_counts(batch, self._run.model.vocab_size) for batch in batches))

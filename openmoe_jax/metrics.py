@@ -1,6 +1,7 @@
 """Metrics of a batch as sums, so that microbatches, hosts and evaluation batches add up, and their means (SPEC 2.10, 3).
 
-A metric dictionary in sums holds `num_target_tokens` and everything else multiplied by it; `means` divides.
+A metric dictionary in sums holds `num_target_tokens` and everything else multiplied by it; `to_means` divides. The counts of
+`routers.online` add up as they are, and become shares when all is added up (`with_shares`).
 """
 
 from typing import Dict, Optional
@@ -8,8 +9,10 @@ from typing import Dict, Optional
 import jax
 import jax.numpy as jnp
 
+from openmoe_jax.config import ModelConfig
 from openmoe_jax.losses import LossSums
 from openmoe_jax.moe import RoutingRecord
+from openmoe_jax.routers import online
 
 Metrics = Dict[str, jax.Array]
 
@@ -18,6 +21,8 @@ ROUTING_SCALARS = ('auxiliary_loss', 'router_z_loss', 'fraction_tokens_left_behi
                    'router_confidence')
 PER_LAYER = '_per_layer'
 WEIGHT = 'num_target_tokens'
+COUNTS = 'routing_counts'
+_ADDITIVE = (WEIGHT, COUNTS)
 
 
 def batch_means(sums: LossSums, num_target_tokens: jax.Array, total_loss: jax.Array,
@@ -25,7 +30,8 @@ def batch_means(sums: LossSums, num_target_tokens: jax.Array, total_loss: jax.Ar
   """Metrics of one microbatch, as means.
 
   `loss` is the total; `cross_ent_loss` and `z_loss` are per weighted target token; `auxiliary_loss` and `router_z_loss`
-  are unscaled means over sparse layers. `expert_load` is [sparse layers, E], mean 1.
+  are unscaled means over sparse layers. `expert_load` is [sparse layers, E], mean 1. `routing_counts` are sums, [sparse
+  layers, names, 2], see `routers.online`.
   """
   weight = jnp.maximum(num_target_tokens, 1e-8)
   metrics = {'loss': total_loss, 'cross_ent_loss': sums.cross_entropy / weight, 'z_loss': sums.z_loss / weight,
@@ -36,15 +42,30 @@ def batch_means(sums: LossSums, num_target_tokens: jax.Array, total_loss: jax.Ar
       metrics[name] = jnp.mean(per_layer)
       metrics[name + PER_LAYER] = per_layer
     metrics['expert_load'] = record.expert_load
+    metrics[COUNTS] = record.counts
   return metrics
 
 
 def to_sums(means: Metrics) -> Metrics:
   """Multiplies every metric by the number of target tokens, which makes it additive."""
-  return {name: x if name == WEIGHT else x * means[WEIGHT] for name, x in means.items()}
+  return {name: x if name in _ADDITIVE else x * means[WEIGHT] for name, x in means.items()}
 
 
 def to_means(sums: Metrics) -> Metrics:
   """The inverse of `to_sums`, for added-up sums too: means weighted by target tokens (SPEC 15.2)."""
   weight = jnp.maximum(sums[WEIGHT], 1e-8)
-  return {name: x if name == WEIGHT else x / weight for name, x in sums.items()}
+  return {name: x if name in _ADDITIVE else x / weight for name, x in sums.items()}
+
+
+def with_shares(config: ModelConfig, metrics: Metrics, wanted: bool = True) -> Metrics:
+  """Metrics of a whole step, in which shares take the place of the counts: of each of `routers.online.names` the mean over
+  sparse layers, and every layer's. Not `wanted`, they are left out, and the compiler leaves out what they are made of."""
+  metrics = dict(metrics)
+  counts = metrics.pop(COUNTS, None)
+  if counts is None or not wanted:
+    return metrics
+  shares = counts[..., 0] / jnp.maximum(counts[..., 1], 1)
+  for i, name in enumerate(online.names(config)):
+    metrics[name] = jnp.mean(shares[:, i])
+    metrics[name + PER_LAYER] = shares[:, i]
+  return metrics

@@ -11,7 +11,7 @@ from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts, dropless
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, gate, hidden_widths, normal_init
 from openmoe_jax.partitioning import constrain
-from openmoe_jax.routers import switch
+from openmoe_jax.routers import online, switch
 from openmoe_jax.routers.groups import group_tokens
 from openmoe_jax.routers.types import RouterContext, SlotAssignment, TokenAssignment, tokens_from_slots
 
@@ -19,7 +19,7 @@ from openmoe_jax.routers.types import RouterContext, SlotAssignment, TokenAssign
 class RoutingRecord(NamedTuple):
   """What one sparse layer reports; with scanned blocks every array has a leading axis of sparse layers.
 
-  The first six are `RouterOutput`'s. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for, and
+  The first six are `RouterOutput`'s, `counts` are those of `routers.online`. `assignment` and `router_logits` (float32 [G, T, E]) are None unless asked for, and
   the latter of routers that have none. Where experts choose, S is E, and what is not kept does not exist.
   """
   auxiliary_loss: jax.Array
@@ -28,6 +28,7 @@ class RoutingRecord(NamedTuple):
   expert_usage: jax.Array
   router_confidence: jax.Array
   expert_load: jax.Array
+  counts: jax.Array
   assignment: Optional[TokenAssignment] = None
   router_logits: Optional[jax.Array] = None
 
@@ -106,7 +107,8 @@ class MoE(nn.Module):
     token_ids = jnp.pad(token_ids, padding).reshape(x.shape[:2])
     jitter_key, key = jax.random.split(self.make_rng('router')) if train and config.router_draws else (None, None)
     logits, more_logits = Router(config, name='router')(x, jitter_key)
-    routed = routers.route(config, logits, jnp.any(x != 0, axis=-1), grouping.capacity,
+    is_token = jnp.any(x != 0, axis=-1)
+    routed = routers.route(config, logits, is_token, grouping.capacity,
                            RouterContext(token_ids, more_logits, state, key))
     experts = Experts(config, name='expert')
     if config.dispatch == 'dropless':
@@ -115,7 +117,8 @@ class MoE(nn.Module):
       y = apply_experts(config.dispatch, x, routed.assignment, lambda slots: experts(slots, train),
                         config.num_experts, grouping.capacity)
     y = constrain(y, 'group', None, 'embed').reshape(grouping.batch, grouping.length, emb_dim)
-    record = RoutingRecord(*routed[1:])
+    counts = online.counts(config, routed.assignment, logits, is_token, grouping, length)
+    record = RoutingRecord(*routed[1:], counts)
     if self.record_routing:
       assignment = routed.assignment
       if isinstance(assignment, SlotAssignment):

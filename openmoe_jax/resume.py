@@ -22,7 +22,7 @@ CONFIG_FILE = 'config.json'
 
 # What this program writes into a model_dir.
 OWN_NAMES = (CONFIG_FILE, checkpoints.CHECKPOINTS, checkpoints.DAMAGED, 'metrics.jsonl', 'tensorboard', 'loss.png',
-             'expert_load.png', 'eval')
+             'expert_load.png', 'routing.png', 'eval')
 _LOCK_FILE = '.lock'
 # What shells, disks and file browsers leave in an otherwise empty folder.
 _INNOCENT = ('lost+found', 'nohup.out')
@@ -30,8 +30,8 @@ _INNOCENT_ENDINGS = ('.log', '.txt', '.out', '.err')
 
 # Settings that do not change which model is trained on which data in which order. They may change in a resumed run.
 _HARMLESS = ('model_dir', 'mesh.', 'checkpoint.', 'optimizer.', 'eval.', 'train.train_steps', 'train.log_period',
-             'train.eval_period', 'train.plots', 'train.stop_on_nan', 'data.eval_', 'data.tfds_data_dir',
-             'data.module_imports',
+             'train.eval_period', 'train.plots', 'train.stop_on_nan', 'train.routing_metrics', 'train.max_metric_keys',
+             'data.eval_', 'data.tfds_data_dir', 'data.module_imports',
              # the same function to rounding, computed in another way
              'model.dispatch', 'model.scan_blocks', 'model.remat', 'model.attention_query_blocks',
              'model.loss_chunk_tokens')

@@ -110,12 +110,14 @@ def train(run: RunConfig) -> None:
 
   to_global = lambda batch: data.to_global(batch, mesh, stream_ids=streams.stream_ids, num_streams=run.data.num_streams)
   train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, seed=run.train.seed,
-                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
+                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps),
+                               routing_metrics=run.train.routing_metrics)
   with resume.hold_model_dir(run):
     checkpointer = checkpoints.Checkpointer(run)
     state, saved = _first_state(run, checkpointer, template, initialise, streams, same_data, progress.say)
     resume.write_config(run)
-    writers = Writers(run.model_dir, run.model, write=primary)
+    writers = Writers(run.model_dir, run.model, write=primary, max_keys=run.train.max_metric_keys,
+                      num_sources=evaluator.num_records, say=progress.say)
     writers.begin(int(state.step))
     writers.text(int(state.step), {'config': command_line.format_config(run)})
     loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress,

@@ -121,8 +121,8 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
-                    mesh: Optional[Mesh] = None, seed: int = 0, schedule: Optional[Callable] = None
-                    ) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
+                    mesh: Optional[Mesh] = None, seed: int = 0, schedule: Optional[Callable] = None,
+                    routing_metrics: bool = True) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
   """The training step: loss, gradients, optimizer; jitted, and the state is donated (do not use it again).
 
   Args:
@@ -131,6 +131,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     seed: of dropout and of what routers draw; the key of a step follows from it and the step counter, so a resumed run
       draws the same.
     schedule: step -> learning rate, only to report it.
+    routing_metrics: whether metrics have the shares of `routers.online`.
 
   Returns:
     (state, batch) -> (state, metrics); batch leaves are [B, L] or [m, B/m, L]. Metrics are those of
@@ -148,7 +149,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
       metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
     new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                         router_state=router_state_lib.update_state(config, state.router_state, metrics))
-    return new, metrics
+    return new, metrics_lib.with_shares(config, metrics, routing_metrics)
 
   return _under_mesh(jax.jit(step, donate_argnums=0), mesh)
 

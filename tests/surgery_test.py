@@ -216,6 +216,7 @@ def reported(checkpoint, tmp_path_factory):
   return stem
 
 
+@pytest.mark.slow
 def test_changes_are_paired_means_of_a_changed_model(checkpoint, reported):
   """The reference: parameters without the expert, over the batches of the validation."""
   from openmoe_jax import data as data_lib
@@ -242,6 +243,7 @@ def test_changes_are_paired_means_of_a_changed_model(checkpoint, reported):
     assert line['low'] <= line['change'] <= line['high']
 
 
+@pytest.mark.slow
 def test_reports_hold_all_experts_and_their_load(reported):
   about = json.loads((reported.parent / 'ablation.json').read_text())
   lines = about['ablations']
@@ -266,6 +268,7 @@ def test_reports_hold_all_experts_and_their_load(reported):
     assert (reported.parent / f'ablation_{name}.svg').read_text().rstrip().endswith('</svg>')
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_computed_again(checkpoint, reported, tmp_path, monkeypatch, capsys):
   (tmp_path / 'again.npz').write_bytes((reported.parent / 'ablation.npz').read_bytes())
   calls, run = [], surgery._run
@@ -282,6 +285,7 @@ def test_what_is_known_is_not_computed_again(checkpoint, reported, tmp_path, mon
   assert error.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_what_is_done(checkpoint, tmp_path, monkeypatch):
   calls, run = [], surgery._run
   def stopped(*args):
@@ -299,6 +303,7 @@ def test_an_interruption_keeps_what_is_done(checkpoint, tmp_path, monkeypatch):
   assert len(calls) == 2 + 2 * 4 - 4  # the model as it is, and two of four experts
 
 
+@pytest.mark.slow
 def test_one_line_of_python(checkpoint):
   frame = loading.load(checkpoint).ablate('demo_code_full_lm', tokens=512, kinds=['zero', 'same'])
   columns = {name: np.asarray(frame[name]) for name in ('kind', 'expert', 'change', 'load')}
@@ -309,8 +314,9 @@ def test_one_line_of_python(checkpoint):
 @pytest.mark.parametrize('flags, message', (
     (['--experts=1-3'], "--experts: '1-3' must be 2 numbers with ':' between them"),
     (['--layers=a'], "--layers: 'a' must be numbers with ',' between them"),
-    (['--tokens=64'], 'demo_code_full_lm has 2 rows with targets, at least 8 are needed for an interval'),
-    (['--mixture=demo_ful'], "'demo_ful' is not a registered mixture or task")))
+    pytest.param(['--tokens=64'], 'demo_code_full_lm has 2 rows with targets, at least 8 are needed for an interval',
+                 marks=pytest.mark.slow),
+    pytest.param(['--mixture=demo_ful'], "'demo_ful' is not a registered mixture or task", marks=pytest.mark.slow)))
 def test_mistakes_take_one_line(checkpoint, tmp_path, capsys, flags, message):
   with pytest.raises(SystemExit) as stopped:
     analyze.main(['ablate', checkpoint, '--mixture=demo_full_lm', f'--output={tmp_path}/x', '--batch_size=2', *flags])

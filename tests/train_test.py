@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_everything_behind(finished):
   run, text = finished
   folder = pathlib.Path(run.model_dir)
-  assert {'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'loss.png', 'expert_load.png'} == {
+  assert {'config.json', 'checkpoints', 'metrics.jsonl', 'tensorboard', 'loss.png', 'expert_load.png', 'routing.png'} == {
       p.name for p in folder.iterdir() if not p.name.startswith('.')}
   assert checkpoints.finished_steps(folder / 'checkpoints') == [5, 10, 12]
   records = tiny_run.curve(folder)

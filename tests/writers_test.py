@@ -17,12 +17,18 @@ from openmoe_jax.writers import Writers, scalars
 import tiny_run
 
 
+ROUTING = ('fraction_dropped_rank_0', 'fraction_dropped_rank_1', 'fraction_evicted', 'fraction_dropped_first_quarter',
+           'fraction_dropped_last_quarter', 'router_entropy')
+
+
 def metrics(step):
   rng = np.random.default_rng(step)
   load = rng.random((1, 4)).astype(np.float32)
   return {'loss': np.float32(rng.random()), 'cross_ent_loss': np.float32(5 / step), 'learning_rate': np.float32(step),
           'num_target_tokens': np.float32(100), 'expert_load': load / load.mean(), 'grad_norm': np.float32(1),
-          'fraction_tokens_left_behind': np.float32(.25), 'expert_usage_per_layer': rng.random(1).astype(np.float32)}
+          'fraction_tokens_left_behind': np.float32(.25), 'expert_usage_per_layer': rng.random(1).astype(np.float32),
+          **{name: np.float32(rng.random()) for name in ROUTING},
+          'router_entropy_per_layer': rng.random(1).astype(np.float32)}
 
 
 def test_a_window_goes_on_exactly_after_a_checkpoint():
@@ -134,7 +140,7 @@ def test_plots(tmp_path):
     if step % 10 == 0:
       history.append({'kind': 'eval', 'step': step, 'tokens': step * 100, 'source': 'code', 'loss': 5., 'unigram_entropy': 6.})
   written = plots.write_plots(tmp_path, [1])
-  assert [name.rpartition('/')[2] for name in written] == ['loss.png', 'expert_load.png']
+  assert [name.rpartition('/')[2] for name in written] == ['loss.png', 'expert_load.png', 'routing.png']
   import matplotlib.image
   for name in written:
     image = matplotlib.image.imread(name)

@@ -5,14 +5,14 @@
 
 import io
 import sys
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from openmoe_jax import history as history_lib
 from openmoe_jax import paths
 
-FILES = ('loss.png', 'expert_load.png')
+FILES = ('loss.png', 'expert_load.png', 'routing.png')
 _TRAIN = '#9aa5b1'
 COLOURS = ('#1f6fb4', '#d1495b', '#2f8f6b', '#b07aa1', '#c98a1b', '#3d5a80', '#8d6e63', '#557a46')
 _MOST_TOP = 2.0  # the colour scale of loads ends at 2x and 1/2x the mean, on a logarithmic scale, or beyond if needed
@@ -31,14 +31,16 @@ def styled_pyplot():
 
 
 def write_plots(model_dir: paths.PathLike, sparse_layers: Optional[Sequence[int]] = None) -> List[str]:
-  """Writes loss.png and, for a sparse model, expert_load.png into the run's folder; returns their paths.
+  """Writes loss.png and, for a sparse model, expert_load.png and routing.png into the run's folder; returns their paths.
 
   Args:
     sparse_layers: decoder layer of each row of `expert_load`, for the titles.
   """
+  from openmoe_jax.analysis.routing_curves import routing_figure
   records = history_lib.read(paths.path(model_dir) / history_lib.FILE)
   folder, written = paths.path(model_dir), []
-  for name, figure in zip(FILES, (loss_figure(records), load_figure(records, sparse_layers))):
+  figures = loss_figure(records), load_figure(records, sparse_layers), routing_figure(records, sparse_layers)
+  for name, figure in zip(FILES, figures):
     if figure is None:
       continue
     stream = io.BytesIO()
@@ -49,7 +51,8 @@ def write_plots(model_dir: paths.PathLike, sparse_layers: Optional[Sequence[int]
   return written
 
 
-def _unit(largest: float):
+def tokens_unit(largest: float) -> Tuple[float, str]:
+  """(1e6, 'million tokens') for numbers of tokens up to `largest`."""
   for size, unit in ((1e12, 'trillion'), (1e9, 'billion'), (1e6, 'million'), (1e3, 'thousand')):
     if largest >= size:
       return size, f'{unit} tokens'
@@ -78,7 +81,7 @@ def loss_figure(records: Sequence[Dict[str, Any]]):
   sources = _by_source(records)
   if not train and not sources:
     return None
-  scale, unit = _unit(max(r['tokens'] for r in [*train, *sum(sources.values(), [])]))
+  scale, unit = tokens_unit(max(r['tokens'] for r in [*train, *sum(sources.values(), [])]))
   pyplot = styled_pyplot()
   figure, axes = pyplot.subplots(figsize=(8.5, 4.8), layout='constrained')
   labels = []  # (y, text, colour) at the right-hand end of each curve
@@ -132,7 +135,7 @@ def load_figure(records: Sequence[Dict[str, Any]], sparse_layers: Optional[Seque
     return None
   load = np.array([r['expert_load'] for r in train])  # [time, layer, expert]
   tokens = np.array([r['tokens'] for r in train], float)
-  scale, unit = _unit(tokens[-1])
+  scale, unit = tokens_unit(tokens[-1])
   _, layers, experts = load.shape
   names = list(sparse_layers) if sparse_layers is not None else list(range(layers))
   pyplot = styled_pyplot()

@@ -4,7 +4,7 @@ import io
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from openmoe_jax import paths
-from openmoe_jax.analysis.plots import COLOURS, _unit, styled_pyplot
+from openmoe_jax.analysis.plots import COLOURS, tokens_unit, styled_pyplot
 from openmoe_jax.task_eval.published import FIGURE_3, PublishedModel
 from openmoe_jax.task_eval.tables import main_figure
 
@@ -60,7 +60,7 @@ def steps_figure(records: Sequence[Mapping[str, Any]]) -> Optional[Any]:
   for record in records:
     by_task.setdefault(record['task'], []).append(record)
   known = all(record['tokens'] for record in records)
-  scale, unit = _unit(max(record['tokens'] for record in records)) if known else (1., 'steps')
+  scale, unit = tokens_unit(max(record['tokens'] for record in records)) if known else (1., 'steps')
   pyplot = styled_pyplot()
   columns = min(len(by_task), 3)
   rows = -(-len(by_task) // columns)
