@@ -4,13 +4,13 @@
   openmoe-analyze record runs/demo --mixture=demo_code_full_lm,demo_prose_full_lm --output=runs/demo/routing \\
     --policy=none,t5x_train,t5x_eval,colossalai --tokens=1000000
   openmoe-analyze record runs/demo --mixture=demo_full_lm --output=runs/demo/routing --all_checkpoints --initialization
+  openmoe-analyze figures runs/demo/routing --output=runs/demo/routing_figures
   openmoe-analyze report runs/demo/routing_figures
+  openmoe-analyze ablate runs/demo --mixture=demo_full_lm --output=runs/demo/ablation
 
 `record` writes parquet files with a line for every token and sparse layer: experts, gates, slots, what was dropped, where
-the token stands, its loss. The same command after a stop goes on where it was. `report` makes one HTML file of what
-`figures` wrote. docs/routing_analysis.md has the columns.
-  openmoe-analyze ablate runs/demo --mixture=demo_full_lm --output=runs/demo/ablation
-the token stands, its loss. The same command after a stop goes on where it was. docs/routing_analysis.md has the columns.
+the token stands, its loss. The same command after a stop goes on where it was. `figures` draws them, and
+`report` makes one HTML file of that. docs/routing_analysis.md has the columns.
 `ablate` takes out experts, or replaces a layer's router, and reports how much the loss of each domain changes.
 """
 
@@ -37,8 +37,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
 def parser() -> command_line.Parser:
   """The program's flags."""
   flags = command_line.Parser(configured=False, prog='openmoe-analyze', description=__doc__)
-  commands = flags.add_subparsers(required=True, metavar='record|report', parser_class=functools.partial(
-  commands = flags.add_subparsers(required=True, metavar='record|figures|ablate', parser_class=functools.partial(
+  commands = flags.add_subparsers(required=True, metavar='record|figures|report|ablate', parser_class=functools.partial(
       command_line.Parser, configured=False))
   analyze_figures.add_flags(commands.add_parser('figures'))
   record = commands.add_parser('record', description='Writes the routing of a checkpoint over tasks as parquet files.')
