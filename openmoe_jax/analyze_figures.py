@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
   from openmoe_jax.analysis.figures import report as report_lib
   from openmoe_jax.analysis.figures import selection
   chosen = selection.Selection(args.recording, wanted(args))
+  chosen.check_enough()
   others = [selection.compared(chosen, folder, wanted(args)) for folder in names(args.compare)]
   report = report_lib.Report(args.output, about(chosen, others))
   sections, skipped = _sections(args, chosen, others), []
@@ -63,6 +64,7 @@ def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> L
   tokenizer = pieces.recorded(chosen.recording.about)
   piece = pieces.namer(tokenizer)
   settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
+  context.check(chosen, settings)
   found = [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
            ('early', functools.partial(early.add, settings=settings)), ('load', load.add),
            ('drops', functools.partial(drops.add, others=others)), ('eviction', eviction.add),

@@ -20,9 +20,10 @@ def config(**changes) -> ModelConfig:
 
 def write(folder: Any, kind: str = 'mixed', steps: Sequence[int] = (100,), names: Sequence[str] = ('none',),
           domains: Sequence[str] = ('demo_code_full_lm', 'demo_prose_full_lm'), rows: int = 40, length: int = 64,
-          seed: int = 0, **model) -> str:
+          seed: int = 0, alike: bool = False, **model) -> str:
   """A recording; `kind` is what decides the expert: 'token', 'position', 'domain', 'random', or 'mixed': the token, but
-  chance in a share of cases that falls to a half at the last step, and towards expert 0 along the row."""
+  chance in a share of cases that falls to a half at the last step, and towards expert 0 along the row. Domains differ in
+  the frequencies of ids unless they are `alike`."""
   model_config = config(**model)
   layers = [i for i in range(model_config.num_layers) if model_config.is_sparse(i)]
   files.begin(folder, {'checkpoint': 'synthetic', 'model': to_dict(model_config), 'split': 'validation',
@@ -30,7 +31,7 @@ def write(folder: Any, kind: str = 'mixed', steps: Sequence[int] = (100,), names
                        'vocabulary': {'path': '', 'extra_ids': 300, 'fingerprint': '5aef2c6343845f98'}})
   for number, domain in enumerate(domains):
     rng = np.random.default_rng([seed, number])
-    frequency = 1 / (1 + (np.arange(IDS) + 7 * number) % IDS)
+    frequency = 1 / (1 + (np.arange(IDS) + (0 if alike else 7 * number)) % IDS)
     token_id = 300 + rng.choice(IDS, (rows, length), p=frequency / frequency.sum())
     token_id[:, 0] = 0
     position = np.broadcast_to(np.arange(length), (rows, length))

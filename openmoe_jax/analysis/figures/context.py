@@ -53,6 +53,16 @@ def variables(length: int, domains: int) -> List[Variable]:
 COLUMNS = ['expert', 'token_id', 'previous_id', 'position']
 
 
+def check(chosen: Selection, settings: Settings) -> None:
+  """Raises `ConfigError` for positions or token ids that do not occur."""
+  for position in settings.positions:
+    require(position < chosen.length, f'--positions: {position} is beyond the rows, which have {chosen.length} positions')
+  if settings.token_ids:
+    ids = chosen.read(chosen.layers[0], ['token_id'])['token_id']
+    for i in settings.token_ids:
+      require(i in ids, f'--token_ids: {i} does not occur among the {len(ids)} recorded tokens')
+
+
 def add(report: Report, chosen: Selection, settings: Settings) -> None:
   """All of this section."""
   _information(report, chosen)
@@ -190,8 +200,6 @@ def _draw_accuracy(report: Report, chosen: Selection, guesses) -> None:
 def _positions(report: Report, chosen: Selection, settings: Settings) -> None:
   """Figure 9."""
   length, bins = chosen.length, min(ROWS, chosen.length)
-  for position in settings.positions:
-    require(position < length, f'--positions: {position} is beyond the rows, which have {length} positions')
   edges = [-(-i * length // bins) for i in range(bins + 1)]
   names = ([str(p) for p in settings.positions] if settings.positions else
            [str(a) if b - a == 1 else f'{a} to {b - 1}' for a, b in zip(edges, edges[1:])])
@@ -212,16 +220,12 @@ def _positions(report: Report, chosen: Selection, settings: Settings) -> None:
       ['step', 'layer', 'positions', 'expert', 'relative_share'], lines)
 
 
-def shown_ids(chosen: Selection, settings: Settings, count: int, least: int = 1) -> List[int]:
-  """The token ids that are shown: those asked for, or the most frequent ones, of at least `least` tokens."""
-  tokens = chosen.read(chosen.layers[0], ['token_id'])
-  ids, counts = np.unique(tokens['token_id'], return_counts=True)
-  for i in settings.token_ids:
-    require(i in ids, f'--token_ids: {i} does not occur among the {len(tokens["token_id"])} recorded tokens')
+def shown_ids(chosen: Selection, settings: Settings, count: int) -> List[int]:
+  """At most `count` token ids: those asked for, or the most frequent ones."""
   if settings.token_ids:
-    return list(settings.token_ids)
-  order = np.argsort(-counts, kind='stable')
-  return [int(i) for i, n in zip(ids[order], counts[order]) if i > 0 and n >= least][:count]
+    return list(settings.token_ids)[:count]
+  ids, counts = np.unique(chosen.read(chosen.layers[0], ['token_id'])['token_id'], return_counts=True)
+  return [int(i) for i in ids[np.argsort(-counts, kind='stable')] if i > 0][:count]
 
 
 def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:

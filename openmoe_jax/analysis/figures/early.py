@@ -148,7 +148,7 @@ def _draw_information(report: Report, chosen: Selection, information) -> None:
 
 def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
   """Figure 11: the same token ids at all checkpoints."""
-  ids = shown_ids(chosen, settings, TOKENS)[:TOKENS]
+  ids = shown_ids(chosen, settings, TOKENS)
   for layer in chosen.layers:
     shares = {}
     for step in chosen.steps:

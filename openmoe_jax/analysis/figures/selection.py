@@ -11,6 +11,7 @@ from openmoe_jax.config import require
 from openmoe_jax.recording.files import Key, Recording
 from openmoe_jax.recording.policies import POLICIES
 
+LEAST_ROWS, LEAST_TOKENS = 8, 500  # as in `resampling` and `routing_statistics`
 # Policies in the order in which one is taken for figures about what tokens ask for, whoever gets it.
 _FOR_CHOICES = ('none', 't5x_eval', 'colossalai', 't5x_train', 'colossalai_train')
 
@@ -89,6 +90,15 @@ class Selection:
     self.choice_policy = next(name for name in _FOR_CHOICES if name in self.policies)
     self.drop_policies = [name for name in self.policies if name != 'none']
     self.length = sum(self.recording.about['task_feature_lengths'].values())
+
+  def check_enough(self) -> None:
+    """Raises `ConfigError` where there are too few tokens for intervals."""
+    for domain in self.all_domains:
+      rows = len(np.unique(self.read(self.layers[0], [], domains=[domain])['row']))
+      require(rows >= LEAST_ROWS, f'{self.folder}: {domain} has {rows} rows at step {self.last}; statistics need at least '
+              f'{LEAST_ROWS} of each domain; record more --tokens, or leave it out by flags such as --domains')
+    require(self.tokens() >= LEAST_TOKENS, f'{self.folder} holds {self.tokens()} tokens of step {self.last}; statistics need '
+            f'at least {LEAST_TOKENS}; record more --tokens')
 
   @property
   def last(self) -> int:
