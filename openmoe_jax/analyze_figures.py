@@ -54,20 +54,24 @@ def run(args: argparse.Namespace) -> None:
       bar.advance(1)
   require(bool(report.figures), f'nothing can be shown; {"; ".join(dict.fromkeys(skipped))}')
   report.finish(skipped)
+  from openmoe_jax.analysis import routing_report
+  routing_report.write(args.output)
   print('\n'.join([*(f'left out: {line}' for line in skipped),
                    f'wrote {len(report.figures)} figures and {len(report.findings)} findings into {args.output}']))
 
 
 def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> List[Tuple[str, Callable[..., Any]]]:
   """(name, what is called with the report and the selection), in the order of the report."""
-  from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, specialisation, tables
+  from openmoe_jax.analysis.figures import (context, drop_table, drops, early, eviction, load, pieces, specialisation,
+                                            tables)
   tokenizer = pieces.recorded(chosen.recording.about)
   piece = pieces.namer(tokenizer)
   settings = context.Settings(numbers('--positions', args.positions), numbers('--token_ids', args.token_ids), piece)
   context.check(chosen, settings)
   found = [('specialisation', specialisation.add), ('context', functools.partial(context.add, settings=settings)),
            ('early', functools.partial(early.add, settings=settings)), ('load', load.add),
-           ('drops', functools.partial(drops.add, others=others)), ('eviction', eviction.add),
+           ('drops', functools.partial(drops.add, others=others)), ('loss of drops', drop_table.add),
+           ('eviction', eviction.add),
            ('tables', functools.partial(tables.top_tokens, piece=piece))]
   if args.vocabulary is not None:
     from openmoe_jax.tools import compare_tokenizers
