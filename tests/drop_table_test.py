@@ -26,7 +26,7 @@ def counted(folder, policy, domain):
 @pytest.fixture(scope='module')
 def recording(tmp_path_factory):
   folder = tmp_path_factory.mktemp('recording')
-  synthetic_recording.write(folder, steps=(50, 100), names=POLICIES)
+  synthetic_recording.write(folder, names=POLICIES)
   return folder
 
 
