@@ -4,6 +4,8 @@
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
+# make router-study   remedies for the router, compared over seeds (an hour or two, can be stopped; more seeds:
+#                     FLAGS=--seeds=0,1,2,3,4)
 # make conversion-study   memory and speed of conversions at the base model's size
 # make data-demo   from raw files to a trained model: the base recipe's mixture at the demo's size (make it longer with
 #                  FLAGS=--steps=1000)      make data-study   memory and speed of preparing a file of 2 GB
@@ -29,6 +31,7 @@ DATA_DEMO_DIR := runs/data_demo
 PYTEST_FLAGS := -n 2 --dist loadfile
 
 .PHONY: demo routing-study-small test test-all bench bench-decode bench-data conversion-study install install-torch install-eval data-demo data-study clean
+.PHONY: demo test test-all bench bench-decode bench-data conversion-study router-study install install-torch install-eval data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -59,6 +62,9 @@ bench-data: $(INSTALLED)
 # 13 GB of disk, five minutes.
 conversion-study: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.conversion_study --gin_file=models/openmoe_base.gin
+
+router-study: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.router_study $(FLAGS)
 
 data-demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.data_demo --work_dir=$(DATA_DEMO_DIR) $(FLAGS)

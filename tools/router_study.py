@@ -5,8 +5,8 @@
 
 Every variant (`router_variants`) is trained with every seed on the same number of tokens. A seed decides initialisation
 and order of the data and is the same for all variants: what is reported is the difference to the default within seeds,
-with 95 % intervals over seeds (Student's t). A stopped study goes on with the same command; what is lost is the training
-of one variant with one seed.
+with 95 % intervals over seeds (Student's t). A stopped study goes on with the same command; what is lost is the
+training of one variant with one seed.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
   run = command_line.run_config(args)
   require(run.model.num_experts > 0 and run.model.router == 'top_k', 'the study is of models with experts and the '
           f"router 'top_k', not {run.model.num_experts} experts and {run.model.router!r}")
-  require(run.train.num_microbatches == 1, f'TrainConfig.num_microbatches = {run.train.num_microbatches} must be 1 here')
+  require(run.train.num_microbatches == 1, f'TrainConfig.num_microbatches = {run.train.num_microbatches} must '
+          'be 1 here')
   return run
 
 
@@ -159,7 +160,7 @@ class Study:
     self._run, self._settings, self._texts = run, settings, texts
     self._optimizer = make_optimizer(run.optimizer, settings.steps)
     self._step = functools.lru_cache(maxsize=None)(
-        lambda config: make_train_step(config, self._optimizer, schedule=None))
+        lambda config: make_train_step(config, self._optimizer))
     self._inside = [batch for source in texts.inside for batch in texts.validation(source)]
 
   def train(self, name: str, seed: int, advance: Callable[[int], None]) -> Result:
@@ -174,7 +175,7 @@ class Study:
     for number, batch in enumerate(batches):
       if variant.freeze and number == warmup:
         config, state = self._freeze(config, state, batches[:warmup])
-      if number == steps // 2:
+      if number == steps // 2 and config.num_experts:
         half_way = run_over(decoding.dropless(config), state.variables, self._inside)
       before = cpu_seconds()
       state, metrics = self._step(config)(state, batch)
@@ -214,7 +215,7 @@ class Study:
         found[f'loss_{kind}{ending}'] = float(np.mean([found[f'loss{ending}/{source}'] for source in sources]))
     return found
 
-  def _routing(self, config: ModelConfig, state: TrainState, half_way: Pass) -> Result:
+  def _routing(self, config: ModelConfig, state: TrainState, half_way: Optional[Pass]) -> Result:
     """Drops under the capacity of training, loads, and agreement with the routing half-way; none of a dense model."""
     if not config.num_experts:
       return {}
@@ -318,14 +319,16 @@ def write_report(output: paths.PathLike, results: Sequence[Result], speed: Seque
   writer = csv.DictWriter(stream, columns, extrasaction='ignore', restval='')
   writer.writeheader()
   writer.writerows(results)
-  summary = {figure: {variant: own._asdict() for variant, own in seeds_lib.summarise(found, figure, BASELINE).items()}
+  plain = lambda estimate: estimate and [None if np.isnan(x) else x for x in estimate]
+  summary = {figure: {variant: {'mean': plain(own.mean), 'difference': plain(own.difference), 'seeds': own.seeds}
+                      for variant, own in seeds_lib.summarise(found, figure, BASELINE).items()}
              for found, figures in ((results, itertools.chain(*TABLES.values())), (speed, SPEED)) for figure in figures}
   texts = {'results.csv': stream.getvalue(), 'tables.md': '\n'.join(report(results, speed)) + '\n',
            'summary.json': json.dumps(summary, indent=1) + '\n'}
   for name, text in texts.items():
     paths.write_text(folder / name, text)
   pictures = {
-      'losses.png': seeds_lib.difference_figure(results, LOSSES, BASELINE),
+      'losses.png': seeds_lib.difference_figure(results, LOSSES, BASELINE, 'nats per token, minus the default'),
       'drops.png': seeds_lib.curve_figure(results, 'drop_by_position', 'Share of the choices dropped in training',
                                           'place in the row, from the first token to the last')}
   return [str(folder / name) for name in texts] + [score_plots.write(figure, folder / name)

@@ -67,7 +67,7 @@ def table(results: Sequence[Result], columns: Mapping[str, str], baseline: str, 
   found = {figure: summarise(results, figure, baseline) for figure in columns}
   variants = list(dict.fromkeys(result['variant'] for result in results))
   seeds = lambda variant: sum(result['variant'] == variant for result in results)
-  titles = [cell for title in columns.values() for cell in (title, 'to the default')]
+  titles = [cell for title in columns.values() for cell in (title, f'minus {baseline}')]
   lines = [f'| variant | {counted} | {" | ".join(titles)} |', '|---' * (2 + len(titles)) + '|']
   for variant in variants:
     cells = [f'`{variant}`', str(seeds(variant))]
@@ -93,7 +93,7 @@ def _difference(estimate: Optional[Estimate], digits: int) -> str:
 # Pictures.
 
 
-def difference_figure(results: Sequence[Result], columns: Mapping[str, str], baseline: str) -> Any:
+def difference_figure(results: Sequence[Result], columns: Mapping[str, str], baseline: str, xlabel: str) -> Any:
   """A panel a figure: for every variant the difference to the baseline, each seed a dot, and the interval."""
   from openmoe_jax.analysis.plots import COLOURS, styled_pyplot
   pyplot = styled_pyplot()
@@ -115,7 +115,7 @@ def difference_figure(results: Sequence[Result], columns: Mapping[str, str], bas
       axis.plot([low, high], [height, height], color=colour, linewidth=1.6)
       axis.plot([value], [height], marker='|', markersize=11, color=colour)
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel(f'minus {baseline}')
+    axis.set_xlabel(xlabel)
   axes[0, 0].set_yticks(range(len(variants)), variants)
   axes[0, 0].invert_yaxis()
   return figure
@@ -141,7 +141,8 @@ def curve_figure(results: Sequence[Result], curve: str, title: str, xlabel: str)
     axis.set_title(variant, fontsize=9)
   for axis in list(axes.flat)[len(curves):]:
     axis.set_visible(False)
-  axes[0, 0].set_ylim(0, None)
+  top = axes[0, 0].get_ylim()[1]
+  axes[0, 0].set_ylim(-.04 * top, top)  # a line at 0 is seen
   figure.supxlabel(xlabel, fontsize=9)
   figure.suptitle(title, x=.01, ha='left', fontweight='bold')
   return figure
