@@ -30,8 +30,8 @@ DATA_DEMO_DIR := runs/data_demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo routing-study-small test test-all bench bench-decode bench-data conversion-study install install-torch install-eval data-demo data-study clean
-.PHONY: demo test test-all bench bench-decode bench-data conversion-study router-study install install-torch install-eval data-demo data-study clean
+.PHONY: demo test test-all bench bench-decode bench-data conversion-study routing-study-small router-study install \
+	install-torch install-eval data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
