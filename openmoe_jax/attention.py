@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
     query_init = normal_init(config.init_scale / head_dim, config.emb_dim)
 
     def project(name, kernel_init):
-      kernel = Kernel((config.emb_dim, heads * head_dim), kernel_init, name=name)().astype(config.dtype)
+      kernel = Kernel((config.emb_dim, heads * head_dim), kernel_init, name=name)(config.dtype)
       return constrain(linear(x, kernel).reshape(*x.shape[:2], heads, head_dim), 'batch', 'length', 'heads', 'kv')
 
     q, k, v = project('query', query_init), project('key', init), project('value', init)
@@ -163,7 +163,7 @@ class SelfAttention(nn.Module):
       out = cached_attention(q, read_block(new, context), context.cached)
     out = constrain(out, 'batch', 'length', 'heads', 'kv').reshape(*x.shape[:2], heads * head_dim)
     out_init = normal_init(config.init_scale, heads * head_dim)
-    out = linear(out, Kernel((heads * head_dim, config.emb_dim), out_init, name='out')().astype(config.dtype))
+    out = linear(out, Kernel((heads * head_dim, config.emb_dim), out_init, name='out')(config.dtype))
     return (out, new) if self.decoding else out
 
 

@@ -12,6 +12,8 @@ from typing import Any, Mapping, Tuple
 from openmoe_jax.checks import ConfigError, integers, not_negative, one_of, require
 from openmoe_jax.model_config import ACTIVATIONS, CAPACITY_MODES, DISPATCH_BACKENDS, DTYPES, ROUTERS, ModelConfig
 
+FSDP = ((), ('data',), ('expert',), ('data', 'expert'))
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -20,13 +22,30 @@ class MeshConfig:
   Attributes:
     data, expert, model: sizes of the mesh axes; the batch is split over data and expert together.
     platform: 'cpu', 'gpu' or 'tpu' to insist on one; '' takes what JAX finds.
+    fsdp: mesh axes, of data and expert, over which every large parameter and its optimizer state are split besides;
+      a layer's parameters are brought together while it is computed. Experts' kernels, which are split over expert
+      anyway, follow data only.
+    shard_optimizer: the same for the optimizer state alone, in addition to `fsdp`.
   """
   data: int = -1
   expert: int = 1
   model: int = 1
   platform: str = ''
+  fsdp: Tuple[str, ...] = ()
+  shard_optimizer: Tuple[str, ...] = ()
+
+  @property
+  def optimizer_fsdp(self) -> Tuple[str, ...]:
+    """Mesh axes over which the optimizer state, and gradients on their way to it, are split besides."""
+    return tuple(axis for axis in FSDP[-1] if axis in self.fsdp + self.shard_optimizer)
 
   def __post_init__(self):
+    for name in ('fsdp', 'shard_optimizer'):
+      axes = getattr(self, name)
+      axes = (axes,) if isinstance(axes, str) else tuple(axes)
+      require(set(axes) <= set(FSDP[-1]) and len(set(axes)) == len(axes), f'MeshConfig.{name} = {axes!r} must be one of '
+              f'{", ".join(map(str, FSDP))}')
+      object.__setattr__(self, name, tuple(axis for axis in FSDP[-1] if axis in axes))
     integers(self, 1, 'expert', 'model')
     integers(self, -1, 'data')
     require(self.data != 0,

@@ -109,7 +109,7 @@ def inspect(run: RunConfig, length: int = 0, num_devices: int = 0) -> Dict[str, 
     report['routing'] = {'train': group_tokens(model, rows, length, True)._asdict(),
                          'eval': group_tokens(model, rows, length, False)._asdict()}
   try:
-    partitioning.validate_mesh(model, mesh, microbatch)
+    partitioning.validate_mesh(model, mesh, microbatch, run.mesh.optimizer_fsdp)
   except ConfigError as error:
     report['warnings'].append(f'cannot run on this mesh: {error}')
   return report

@@ -1,13 +1,14 @@
 """Small layers shared by the whole model: kernels, RMS norm, embedding, gated feed-forward network, dropout."""
 
 import math
-from typing import Callable, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig
+from openmoe_jax.partitioning import gather, param_axes
 
 
 def normal_init(scale: float, fan_in: int) -> Callable:
@@ -21,16 +22,19 @@ def truncated_normal_init(scale: float) -> Callable:
 
 
 class Kernel(nn.Module):
-  """One float32 parameter named `kernel`; calling it returns the array.
+  """One float32 parameter named `kernel`; calling it returns the array, in another dtype if asked, ready for use.
 
-  The sub-module's name and `kernel` are the parameter's name in T5X.
+  The sub-module's name and `kernel` are the parameter's name in T5X. On a mesh the array is cast before it is gathered
+  from where it is kept: half the bytes on the way.
   """
   shape: Tuple[int, ...]
   init: Callable
 
   @nn.compact
-  def __call__(self) -> jax.Array:
-    return self.param('kernel', self.init, self.shape, jnp.float32)
+  def __call__(self, dtype: Optional[jnp.dtype] = None) -> jax.Array:
+    kernel = self.param('kernel', self.init, self.shape, jnp.float32)
+    kernel = kernel if dtype is None else kernel.astype(dtype)
+    return gather(kernel, *param_axes(self.path + ('kernel',), len(self.shape), in_block=True))
 
 
 @jax.custom_vjp
@@ -77,7 +81,8 @@ class TokenEmbedder(nn.Module):
     config = self.config
     table = self.param('embedding', nn.initializers.normal(1.), (config.vocab_size, config.emb_dim), jnp.float32)
     ids = jnp.where(ids < 0, config.vocab_size, ids)  # a negative index would count from the end
-    return jnp.asarray(table).at[ids].get(mode='fill', fill_value=0).astype(config.dtype)
+    table = gather(jnp.asarray(table), 'vocab', 'embed')
+    return table.at[ids].get(mode='fill', fill_value=0).astype(config.dtype)
 
 
 class Dropout(nn.Module):
@@ -139,8 +144,8 @@ class GatedMLP(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     config = self.config
     init = truncated_normal_init(config.init_scale)
-    hidden = [linear(x, Kernel((config.emb_dim, width), init, name=f'wi_{i}')().astype(config.dtype))
+    hidden = [linear(x, Kernel((config.emb_dim, width), init, name=f'wi_{i}')(config.dtype))
               for i, width in enumerate(hidden_widths(config))]
     h = gate(hidden, config.mlp_activations)
     h = Dropout(config.dropout_rate)(h, train)
-    return linear(h, Kernel((config.mlp_dim, config.emb_dim), init, name='wo')().astype(config.dtype))
+    return linear(h, Kernel((config.mlp_dim, config.emb_dim), init, name='wo')(config.dtype))

@@ -11,7 +11,7 @@ from openmoe_jax.attention import BlockContext, KeysValues, SelfAttention, make_
 from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
 from openmoe_jax.moe import MoE, RoutingRecord
-from openmoe_jax.partitioning import STACKED, constrain
+from openmoe_jax.partitioning import STACKED, all_but_gathered, constrain, is_finely_split
 from openmoe_jax.routers.state import State, check_state, init_state
 from openmoe_jax.routers.surgery import SURGERY
 
@@ -20,9 +20,10 @@ REMAT_NAMES = ('attention_out', 'mlp_out', 'extra_mlp_out')
 
 
 def _remat(layer: Any, policy: str) -> Any:
-  if policy == 'none':
+  if policy == 'none' and not is_finely_split():
     return layer
   policies = {
+      'none': all_but_gathered,
       'full': jax.checkpoint_policies.nothing_saveable,
       'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
       'minimal': jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES),

@@ -73,15 +73,17 @@ class Experts(nn.Module):
     config = self.config
     experts, emb_dim, mlp_dim = config.num_experts, config.emb_dim, config.mlp_dim
     init = normal_init(config.init_scale, emb_dim)
-    wi = [Kernel((experts, emb_dim, width), init, name=f'wi_{i}')() for i, width in enumerate(hidden_widths(config))]
-    wo = Kernel((experts, mlp_dim, emb_dim), normal_init(config.init_scale, mlp_dim), name='wo')()
+    dtype = x.dtype if assignment is None else None  # without capacity kernels are cast where a block of rows needs them
+    wi = [Kernel((experts, emb_dim, width), init, name=f'wi_{i}')(dtype)
+          for i, width in enumerate(hidden_widths(config))]
+    wo = Kernel((experts, mlp_dim, emb_dim), normal_init(config.init_scale, mlp_dim), name='wo')(dtype)
     if assignment is not None:
       return dropless.apply_experts(x, assignment, wi, wo, config.mlp_activations)
     _, groups, capacity, _ = x.shape
     x = constrain(x, 'expert', 'expert_group', 'capacity', 'embed').reshape(experts, groups * capacity, emb_dim)
-    hidden = [jnp.einsum('end,edf->enf', x, kernel.astype(x.dtype)) for kernel in wi]
+    hidden = [jnp.einsum('end,edf->enf', x, kernel) for kernel in wi]
     h = Dropout(config.dropout_rate)(gate(hidden, config.mlp_activations), train)
-    y = jnp.einsum('enf,efd->end', h, wo.astype(x.dtype)).reshape(experts, groups, capacity, emb_dim)
+    y = jnp.einsum('enf,efd->end', h, wo).reshape(experts, groups, capacity, emb_dim)
     return constrain(y, 'expert', 'expert_group', 'capacity', 'embed')
 
 

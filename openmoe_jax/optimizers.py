@@ -20,7 +20,7 @@ LogicalAxes = Callable[[Sequence[str], int], Tuple[str, ...]]  # (name of a para
 
 _STACKED = 'layers'
 _BATCH = ('layers', 'expert')
-_ROW = ('embed', 'mlp_embed')
+_ROW = ('embed', 'mlp_embed', 'expert_embed')
 _COLUMN = ('mlp', 'expert_mlp', 'joined_kv', 'vocab')
 
 

@@ -2,46 +2,68 @@
 
 A parameter's logical axes follow from its name alone (`param_axes`), so that anything that holds a parameter tree (the
 optimizer, a checkpoint, a converter) can find them without the model.
+
+With `MeshConfig.fsdp` parameters are split more finely where they are kept than where they are used: `gather` brings
+one together just before it is used, and takes its gradient apart again (ZeRO, Rajbhandari et al. 2020).
 """
 
+import contextlib
+import contextvars
+import functools
 import math
 import os
-from typing import Any, Mapping, Optional, Sequence, Tuple
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from openmoe_jax.config import ConfigError, MeshConfig, ModelConfig, require
+from openmoe_jax.config import FSDP, ConfigError, MeshConfig, ModelConfig, require
 
 MESH_AXES = ('data', 'expert', 'model')
 BATCH_AXES = ('data', 'expert')
 
-# Logical axis -> mesh axis or axes. Unlisted names are errors, so that a typing mistake can't mean "not sharded".
+
+class Rule(NamedTuple):
+  """What a dimension with some logical axis is split over.
+
+  Attributes:
+    used: mesh axis or axes, of an activation, or of a parameter where it is used.
+    kept: mesh axes that may be added where a parameter is kept, or its optimizer state: those of them that
+      `MeshConfig.fsdp` or `shard_optimizer` names are.
+  """
+  used: Any = None
+  kept: Tuple[str, ...] = ()
+
+
+# By logical axis. Unlisted names are errors, so that a typing mistake can't mean "not sharded".
 RULES = {
-    'batch': BATCH_AXES,
-    'group': BATCH_AXES,       # routing groups while tokens are where their batch rows are
-    'expert_group': 'data',    # routing groups while tokens are with their experts
-    'length': None,
-    'embed': None,
-    'mlp_embed': None,
-    'heads': 'model',
-    'kv': None,
-    'joined_kv': 'model',
-    'mlp': 'model',
-    'vocab': 'model',
-    'expert': 'expert',
-    'expert_mlp': 'model',
-    'capacity': None,
-    'layers': None,
-    'unmodeled': None,
+    'batch': Rule(BATCH_AXES),
+    'group': Rule(BATCH_AXES),       # routing groups while tokens are where their batch rows are
+    'expert_group': Rule('data'),    # routing groups while tokens are with their experts
+    'length': Rule(),
+    'embed': Rule(kept=BATCH_AXES),
+    'mlp_embed': Rule(kept=BATCH_AXES),
+    'expert_embed': Rule(kept=('data',)),  # of experts' kernels, which are split over 'expert' anyway
+    'norm': Rule(),                  # norm scales and the router's kernels: too small to be gathered every time
+    'router_embed': Rule(),
+    'heads': Rule('model'),
+    'kv': Rule(),
+    'joined_kv': Rule('model'),
+    'mlp': Rule('model'),
+    'vocab': Rule('model'),
+    'expert': Rule('expert'),
+    'expert_mlp': Rule('model'),
+    'capacity': Rule(),
+    'layers': Rule(),
+    'unmodeled': Rule(),
 }
 
 # End of a parameter's name -> its logical axes. The longest matching end wins.
 _PARAM_AXES = {
     'token_embedder/embedding': ('vocab', 'embed'),
     'logits_dense/kernel': ('embed', 'vocab'),
-    'scale': ('embed',),
+    'scale': ('norm',),
     'query/kernel': ('embed', 'joined_kv'),
     'key/kernel': ('embed', 'joined_kv'),
     'value/kernel': ('embed', 'joined_kv'),
@@ -49,12 +71,12 @@ _PARAM_AXES = {
     'wi_0/kernel': ('mlp_embed', 'mlp'),
     'wi_1/kernel': ('mlp_embed', 'mlp'),
     'wo/kernel': ('mlp', 'mlp_embed'),
-    'expert/wi_0/kernel': ('expert', 'mlp_embed', 'expert_mlp'),
-    'expert/wi_1/kernel': ('expert', 'mlp_embed', 'expert_mlp'),
-    'expert/wo/kernel': ('expert', 'expert_mlp', 'mlp_embed'),
-    'router_weights/w/kernel': ('embed', 'unmodeled'),
-    'noise_weights/w/kernel': ('embed', 'unmodeled'),
-    'group_weights/w/kernel': ('embed', 'unmodeled'),
+    'expert/wi_0/kernel': ('expert', 'expert_embed', 'expert_mlp'),
+    'expert/wi_1/kernel': ('expert', 'expert_embed', 'expert_mlp'),
+    'expert/wo/kernel': ('expert', 'expert_mlp', 'expert_embed'),
+    'router_weights/w/kernel': ('router_embed', 'unmodeled'),
+    'noise_weights/w/kernel': ('router_embed', 'unmodeled'),
+    'group_weights/w/kernel': ('router_embed', 'unmodeled'),
 }
 
 STACKED = 'blocks'  # the sub-tree whose leaves carry a leading axis of blocks
@@ -65,12 +87,13 @@ def key_names(path: Sequence[Any]) -> Tuple[str, ...]:
   return tuple(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
 
 
-def param_axes(path: Sequence[str], ndim: int) -> Tuple[str, ...]:
+def param_axes(path: Sequence[str], ndim: int, in_block: bool = False) -> Tuple[str, ...]:
   """Logical axes of the parameter with this name.
 
   Args:
     path: the parameter's name, one component an element: ('decoder', 'layers_0', 'mlp', 'wo', 'kernel').
     ndim: number of its dimensions, checked against the answer.
+    in_block: seen from within a block, of which there may be a stack outside.
 
   Raises:
     ConfigError: no rule knows the name, or the rule has another number of dimensions.
@@ -81,14 +104,17 @@ def param_axes(path: Sequence[str], ndim: int) -> Tuple[str, ...]:
       break
   else:
     raise ConfigError(f'parameter {"/".join(path)} has no logical axes; add its name to partitioning._PARAM_AXES')
-  if STACKED in path:
+  if STACKED in path and not in_block:
     axes = ('layers',) + axes
   require(len(axes) == ndim, f'parameter {"/".join(path)} has {ndim} dimensions, its logical axes are {axes}')
   return axes
 
 
-def mesh_axes(logical_axes: Sequence[Optional[str]]) -> PartitionSpec:
+def mesh_axes(logical_axes: Sequence[Optional[str]], fsdp: Sequence[str] = ()) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes (None: not sharded).
+
+  Args:
+    fsdp: mesh axes over which an array that is kept is split besides, see `Rule.kept`.
 
   Raises:
     ConfigError: an unknown logical axis, or one mesh axis for two dimensions of the array.
@@ -96,13 +122,17 @@ def mesh_axes(logical_axes: Sequence[Optional[str]]) -> PartitionSpec:
   spec, used = [], set()
   for name in logical_axes:
     require(name is None or name in RULES, f'logical axis {name!r} is not known; known: {", ".join(RULES)}')
-    axes = RULES[name] if name else None
-    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    rule = RULES[name] if name else Rule()
+    names = _names(rule.used) + tuple(axis for axis in rule.kept if axis in fsdp)
     require(not used & set(names), f'logical axes {tuple(logical_axes)} put the mesh axis '
             f'{sorted(used & set(names))} on two dimensions of one array')
     used |= set(names)
-    spec.append(axes)
+    spec.append(names if len(names) > 1 else names[0] if names else None)
   return PartitionSpec(*spec)
+
+
+def _names(axes: Any) -> Tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def constrain(x: jax.Array, *logical_axes: Optional[str]) -> jax.Array:
@@ -121,13 +151,81 @@ def constrain(x: jax.Array, *logical_axes: Optional[str]) -> jax.Array:
 
 
 def _axes_size(mesh_shape: Mapping[str, int], axes) -> int:
-  return math.prod(mesh_shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+  return math.prod(mesh_shape[a] for a in _names(axes))
 
 
 def num_shards(logical_axis: str) -> int:
   """Into how many parts the mesh in force splits a dimension with this logical axis; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else _axes_size(mesh.shape, RULES[logical_axis])
+  return 1 if mesh.empty else _axes_size(mesh.shape, RULES[logical_axis].used)
+
+
+# Over which axes gradients are split in the step that is being traced.
+_GRADIENT_FSDP = contextvars.ContextVar('gradient_fsdp', default=())
+
+
+@contextlib.contextmanager
+def use(mesh: Optional[Mesh], gradient_fsdp: Sequence[str] = ()) -> Iterator[None]:
+  """Within this context functions are traced for a mesh, and parameters' gradients are split as their optimizer state.
+
+  Only for functions that are jitted once and for these settings: jax does not know of `gradient_fsdp`, and would take
+  a trace of the same function made with another.
+  """
+  token = _GRADIENT_FSDP.set(tuple(gradient_fsdp))
+  try:
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      yield
+  finally:
+    _GRADIENT_FSDP.reset(token)
+
+
+def gather(x: jax.Array, *logical_axes: str) -> jax.Array:
+  """A parameter as it is used, whatever it is split over where it is kept; its gradient is split as `use` says.
+
+  It is for the caller to see that the result is not kept for the backward pass (`all_but_gathered`): over all layers it
+  would be the whole model on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or not isinstance(x, jax.Array):
+    return x
+  return _gather(x, mesh_axes(logical_axes), mesh_axes(logical_axes, _GRADIENT_FSDP.get()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, used, kept):
+  del kept
+  return jax.lax.with_sharding_constraint(x, used)
+
+
+_gather.defvjp(lambda x, used, kept: (_gather(x, used, kept), None),
+               lambda used, kept, _, dx: (jax.lax.with_sharding_constraint(dx, kept),))
+
+
+def is_finely_split() -> bool:
+  """Whether the step that is being traced keeps parameters or optimizer state more finely split than it uses them."""
+  return bool(_GRADIENT_FSDP.get())
+
+
+def all_but_gathered(primitive: Any, *unused_args, **unused_params) -> bool:
+  """A policy of `jax.checkpoint`: keeps everything for the backward pass but what comes out of `gather`.
+
+  Constrained activations aren't kept either, but what they were before they were constrained is.
+  """
+  return primitive.name != 'sharding_constraint'
+
+
+def keep(tree: Any, axes: Any, fsdp: Sequence[str]) -> Any:
+  """A tree of arrays, each pinned to where it is kept on the mesh in force.
+
+  Args:
+    axes: the tree of their logical axes.
+    fsdp: see `mesh_axes`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return tree
+  return jax.tree.map(lambda names, x: jax.lax.with_sharding_constraint(x, mesh_axes(names, fsdp)), axes, tree,
+                      is_leaf=is_axes)
 
 
 def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Mesh:
@@ -167,8 +265,11 @@ def _mesh_advice(count: int, rest: int) -> str:
   return f'; data = {count // rest} or -1 would fit'
 
 
-def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int) -> None:
+def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int, fsdp: Sequence[str] = ()) -> None:
   """Checks that a model and a number of batch rows (of one microbatch) can be split over a mesh.
+
+  Args:
+    fsdp: mesh axes over which parameters or their optimizer state are split besides.
 
   Raises:
     ConfigError: naming the setting that does not divide.
@@ -177,11 +278,24 @@ def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int) 
   # Heads themselves need not divide (the original's 34B has 24 on 16): their features are split between them then.
   for name, size in (('num_heads * head_dim', model.num_heads * model.head_dim), ('mlp_dim', model.mlp_dim),
                      ('vocab_size', model.vocab_size)):
-    require(size % model_axis == 0, f'ModelConfig.{name} = {size} must be a multiple of MeshConfig.model = {model_axis}')
+    require(size % model_axis == 0, f'ModelConfig.{name} = {size} must be a multiple of MeshConfig.model = {model_axis}'
+            f'{_nearest(model_axis, size)}')
   require(not model.num_experts or model.num_experts % expert_axis == 0, f'ModelConfig.num_experts = '
-          f'{model.num_experts} must be a multiple of MeshConfig.expert = {expert_axis}')
+          f'{model.num_experts} must be a multiple of MeshConfig.expert = {expert_axis}'
+          f'{_nearest(expert_axis, model.num_experts)}')
   shards = _axes_size(mesh_shape, BATCH_AXES)
-  require(rows % shards == 0, f'{rows} rows of a microbatch must be a multiple of MeshConfig data x expert = {shards}')
+  require(rows % shards == 0, f'{rows} rows of a microbatch must be a multiple of MeshConfig data x expert = {shards}'
+          f'{_nearest(shards, rows)}')
+  split = _axes_size(mesh_shape, fsdp)
+  fits = [axes for axes in FSDP if model.emb_dim % _axes_size(mesh_shape, axes) == 0]
+  require(model.emb_dim % split == 0, f'MeshConfig.fsdp or shard_optimizer = {tuple(fsdp)} splits '
+          f'ModelConfig.emb_dim = {model.emb_dim} into {split} parts, which do not divide it; '
+          f'{" or ".join(map(str, fits))} would fit')
+
+
+def _nearest(wanted: int, size: int) -> str:
+  """'; 4 would fit': the divisor of `size` next to `wanted`."""
+  return f'; {min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))} would fit'
 
 
 def params_axes(params: Any) -> Any:
@@ -189,15 +303,19 @@ def params_axes(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, x: param_axes(key_names(path), len(x.shape)), params)
 
 
-def shardings(axes: Any, mesh: Mesh) -> Any:
-  """A tree of logical axes as a tree of NamedShardings."""
-  return jax.tree.map(lambda names: NamedSharding(mesh, mesh_axes(names)), axes,
-                      is_leaf=lambda x: type(x) is tuple and all(isinstance(n, (str, type(None))) for n in x))
+def is_axes(x: Any) -> bool:
+  """Whether this is the tuple of one array's logical axes, a leaf of a tree of them."""
+  return type(x) is tuple and all(isinstance(n, (str, type(None))) for n in x)
 
 
-def tree_shardings(params: Any, mesh: Mesh) -> Any:
-  """NamedShardings of a parameter tree."""
-  return shardings(params_axes(params), mesh)
+def shardings(axes: Any, mesh: Mesh, fsdp: Sequence[str] = ()) -> Any:
+  """A tree of logical axes as a tree of NamedShardings of what is kept."""
+  return jax.tree.map(lambda names: NamedSharding(mesh, mesh_axes(names, fsdp)), axes, is_leaf=is_axes)
+
+
+def tree_shardings(params: Any, mesh: Mesh, fsdp: Sequence[str] = ()) -> Any:
+  """NamedShardings of a parameter tree as it is kept."""
+  return shardings(params_axes(params), mesh, fsdp)
 
 
 def batch_sharding(mesh: Mesh, microbatched: bool = False) -> NamedSharding:

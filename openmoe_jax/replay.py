@@ -38,7 +38,7 @@ def replay(run: RunConfig, step: int) -> str:
   for saved in steps[-1:]:
     resume.check_changes(_read(saved, lambda: checkpoints.read_config(folder / str(saved))), run, run.model_dir)
   mesh = make_mesh(run.mesh)
-  validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches)
+  validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches, run.mesh.optimizer_fsdp)
   vocabulary.configure(run.data.vocabulary, run.data.extra_ids)
   vocabulary.check_fits(run.model.vocab_size)
   batch = _batch(run, folder, steps, step)
@@ -84,7 +84,7 @@ def _parameters(run: RunConfig, mesh: jax.sharding.Mesh, folder: epath.Path, ste
                 ) -> Tuple[Any, str]:
   """`model.variables` as close to those before the step as are kept, and whose they are."""
   shapes = jax.eval_shape(lambda: init_params(run.model, run.train.seed))
-  where = tree_shardings(shapes, mesh)
+  where = tree_shardings(shapes, mesh, run.mesh.fsdp)
   earlier, later = [s for s in steps if s < step], [s for s in steps if s >= step]
   if not steps or (step == 1 and 0 not in steps and not run.checkpoint.initial_checkpoint_path):
     with jax.set_mesh(mesh):

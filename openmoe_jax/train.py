@@ -16,17 +16,16 @@ import time
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe_jax import checkpoints, command_line, launch, paths, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
-from openmoe_jax.optimizers import make_optimizer, state_axes
-from openmoe_jax.partitioning import make_mesh, shardings, tree_shardings, validate_mesh
+from openmoe_jax.optimizers import make_optimizer
+from openmoe_jax.partitioning import make_mesh, validate_mesh
 from openmoe_jax.progress import Progress, duration, peak_flops
 from openmoe_jax.schedules import learning_rate_schedule
-from openmoe_jax.train_state import TrainState, abstract_train_state, init_params, init_train_state
+from openmoe_jax.train_state import TrainState, abstract_train_state, init_params, init_train_state, state_shardings
 from openmoe_jax.train_step import make_eval_step, make_train_step
 from openmoe_jax.training_loop import TrainingError, TrainingLoop
 from openmoe_jax.writers import Writers, sparse_layers
@@ -112,6 +111,9 @@ def train(run: RunConfig) -> None:
   train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, seed=run.train.seed,
                                schedule=learning_rate_schedule(run.optimizer, run.train.train_steps),
                                routing_metrics=run.train.routing_metrics)
+  train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, mesh_config=run.mesh,
+                               seed=run.train.seed,
+                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
   with resume.hold_model_dir(run):
     checkpointer = checkpoints.Checkpointer(run)
     state, saved = _first_state(run, checkpointer, template, initialise, streams, same_data, progress.say)
@@ -164,7 +166,7 @@ def _evaluate_tasks(run: RunConfig, mesh: jax.sharding.Mesh, suite: Any, say: Ca
 
 def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
   """Every batch must divide over the mesh."""
-  validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches)
+  validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches, run.mesh.optimizer_fsdp)
   shards = mesh.shape['data'] * mesh.shape['expert']
   eval_rows = run.data.eval_batch_size or run.data.batch_size
   tokens, replicas = run.data.batch_size // run.train.num_microbatches * run.data.row_length, run.model.num_expert_replicas
@@ -177,10 +179,7 @@ def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
 def born_sharded(run: RunConfig, optimizer: Any, mesh: jax.sharding.Mesh) -> Tuple[TrainState, Callable[[], TrainState]]:
   """Shapes and shardings of the state, and a function that makes a random one, each array where it belongs."""
   shapes = abstract_train_state(run.model, optimizer)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  where = TrainState(step=replicated, params=tree_shardings(shapes.params, mesh),
-                     opt_state=shardings(state_axes(shapes.opt_state, shapes.params), mesh),
-                     router_state=jax.tree.map(lambda _: replicated, shapes.router_state))
+  where = state_shardings(shapes, mesh, run.mesh)
   template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
   def initialise() -> TrainState:

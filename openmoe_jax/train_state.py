@@ -4,10 +4,13 @@ from typing import Any
 
 import flax
 import jax
+from jax.sharding import Mesh
 import jax.numpy as jnp
 import optax
 
-from openmoe_jax.config import ModelConfig
+from openmoe_jax import optimizers
+from openmoe_jax import partitioning
+from openmoe_jax.config import MeshConfig, ModelConfig
 from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.routers.state import init_state
 
@@ -50,3 +53,20 @@ def init_train_state(config: ModelConfig, optimizer: optax.GradientTransformatio
 def abstract_train_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
   """Shapes and dtypes of a train state, nothing allocated."""
   return jax.eval_shape(lambda: init_train_state(config, optimizer, init_params(config, 0)))
+
+
+def state_shardings(state: TrainState, mesh: Mesh, config: MeshConfig) -> TrainState:
+  """A NamedSharding for every array of a train state (of arrays or ShapeDtypeStructs), as it is kept between steps."""
+  whole = lambda tree: jax.tree.map(lambda x: (None,) * x.ndim, tree)
+  split = lambda axes, fsdp: partitioning.shardings(axes, mesh, fsdp)
+  return TrainState(step=split(whole(state.step), ()), params=partitioning.tree_shardings(state.params, mesh, config.fsdp),
+                    opt_state=split(optimizers.state_axes(state.opt_state, state.params), config.optimizer_fsdp),
+                    router_state=split(whole(state.router_state), ()))
+
+
+def keep_sharded(state: TrainState, config: MeshConfig) -> TrainState:
+  """A state that a step has computed, pinned to where `state_shardings` keeps it on the mesh in force."""
+  return state.replace(
+      params=partitioning.keep(state.params, partitioning.params_axes(state.params), config.fsdp),
+      opt_state=partitioning.keep(state.opt_state, optimizers.state_axes(state.opt_state, state.params),
+                                  config.optimizer_fsdp))

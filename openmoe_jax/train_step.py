@@ -1,6 +1,6 @@
 """The loss of a batch and the one jitted, donated training step (SPEC 3, 4, 15.2)."""
 
-from typing import Any, Callable, Mapping, Optional, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
 import jax
 from jax.sharding import Mesh
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from openmoe_jax import metrics as metrics_lib
-from openmoe_jax.config import ModelConfig, require
+from openmoe_jax import partitioning
+from openmoe_jax.config import MeshConfig, ModelConfig, require
 from openmoe_jax.losses import chunked_cross_entropy
 from openmoe_jax.metrics import Metrics
 from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.optimizers import global_norm
 from openmoe_jax.routers import state as router_state_lib
-from openmoe_jax.train_state import TrainState
+from openmoe_jax.train_state import TrainState, keep_sharded
 
 Batch = Mapping[str, jax.Array]
 
@@ -123,11 +124,15 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
                     mesh: Optional[Mesh] = None, seed: int = 0, schedule: Optional[Callable] = None,
                     routing_metrics: bool = True) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
+                    mesh: Optional[Mesh] = None, mesh_config: MeshConfig = MeshConfig(), seed: int = 0,
+                    schedule: Optional[Callable] = None) -> Callable[
+                        [TrainState, Batch], Tuple[TrainState, Metrics]]:
   """The training step: loss, gradients, optimizer; jitted, and the state is donated (do not use it again).
 
   Args:
     num_microbatches: gradients are accumulated over this many; routing groups are formed within one.
     mesh: devices; state and batch are expected to be sharded over it already. Without one, a single device.
+    mesh_config: how finely the state is split (`train_state.state_shardings`).
     seed: of dropout and of what routers draw; the key of a step follows from it and the step counter, so a resumed run
       draws the same.
     schedule: step -> learning rate, only to report it.
@@ -150,8 +155,9 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                         router_state=router_state_lib.update_state(config, state.router_state, metrics))
     return new, metrics_lib.with_shares(config, metrics, routing_metrics)
+    return keep_sharded(new, mesh_config), metrics
 
-  return _under_mesh(jax.jit(step, donate_argnums=0), mesh)
+  return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config.optimizer_fsdp)
 
 
 def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Callable[[Any, Batch], Metrics]:
@@ -169,17 +175,17 @@ def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Calla
   return _under_mesh(jax.jit(step), mesh)
 
 
-def _under_mesh(function: Callable, mesh: Optional[Mesh]) -> Callable:
+def _under_mesh(function: Callable, mesh: Optional[Mesh], fsdp: Sequence[str] = ()) -> Callable:
   """Calls `function` with the mesh set: without it, constraints on activations would silently do nothing."""
   if mesh is None:
     return function
 
   def call(*args):
-    with jax.set_mesh(mesh):
+    with partitioning.use(mesh, fsdp):
       return function(*args)
 
   def lower(*args):
-    with jax.set_mesh(mesh):
+    with partitioning.use(mesh, fsdp):
       return function.lower(*args)
 
   call.lower = lower

@@ -15,13 +15,15 @@ import pytest
 from openmoe_jax import partitioning
 from openmoe_jax.config import ConfigError, MeshConfig, ModelConfig
 from openmoe_jax.names import from_t5x_names, to_t5x_names
-from openmoe_jax.optimizers import adafactor, state_axes
-from openmoe_jax.train_state import init_params, init_train_state
+from openmoe_jax.optimizers import adafactor, adamw
+from openmoe_jax.train_state import init_params, init_train_state, state_shardings
 from openmoe_jax.train_step import make_eval_step, make_train_step, split_microbatches
 from tests import numpy_reference
 from tests.quick_jit import COMPILER_OPTIONS, jit
 
 ROWS, LENGTH = 8, 12
+ADAFACTOR = adafactor(learning_rate=0.01, min_dim_size_to_factor=8)
+ADAMW = adamw(learning_rate=0.01, epsilon=0.1)
 
 
 def shapes_of(count):
@@ -68,37 +70,35 @@ def keeping_gradients(optimizer) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def one_update(config, microbatches=1, mesh=None):
+def one_update(config, microbatches=1, mesh=None, mesh_config=MeshConfig(), optimizer=ADAFACTOR):
   """(gradients, metrics of the step, parameters after it), T5X names, as numpy."""
-  optimizer = keeping_gradients(adafactor(learning_rate=0.01, min_dim_size_to_factor=8))
+  optimizer = keeping_gradients(optimizer)
   params, batch = params_of(config), split_microbatches(make_batch(), microbatches)
   before = init_train_state(config, optimizer, jax.tree.map(jnp.asarray, params))
   if mesh is not None:
-    axes = jax.tree.map(lambda _: (), before).replace(
-        params=partitioning.params_axes(params), opt_state=state_axes(before.opt_state, params))
-    before = jax.device_put(before, partitioning.shardings(axes, mesh))
+    where = state_shardings(before, mesh, mesh_config)
+    before = jax.device_put(before, where)
     batch = jax.device_put(batch, partitioning.batch_sharding(mesh, microbatched=True))
-  step = make_train_step(config, optimizer, microbatches, mesh=mesh)
+  step = make_train_step(config, optimizer, microbatches, mesh=mesh, mesh_config=mesh_config)
   state, metrics = step.lower(before, batch).compile(COMPILER_OPTIONS)(before, batch)
   assert int(state.step) == 1
   # Donated: the old parameters and statistics live on as the new ones.
-  assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state[0].stats)))
+  assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state[0])) if x.ndim)
   if mesh is not None:
-    want = partitioning.tree_shardings(params, mesh)
-    for new, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(want), strict=True):
+    for new, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
       assert new.sharding.is_equivalent_to(sharding, new.ndim)  # it comes out as it went in
   named = lambda tree: to_t5x_names(config, jax.device_get(tree))
   return named(state.opt_state[1]), jax.device_get(metrics), named(state.params)
 
 
 @functools.lru_cache(maxsize=None)
-def one_device(config, microbatches=1):
-  return one_update(config, microbatches)
+def one_device(config, microbatches=1, optimizer=ADAFACTOR):
+  return one_update(config, microbatches, optimizer=optimizer)
 
 
-def compare(config, shape, microbatches=1):
-  want_grads, want_metrics, want_params = one_device(config, microbatches)
-  grads, metrics, params = one_update(config, microbatches, make_mesh(shape))
+def compare(config, shape, microbatches=1, mesh_config=MeshConfig(), optimizer=ADAFACTOR):
+  want_grads, want_metrics, want_params = one_device(config, microbatches, optimizer)
+  grads, metrics, params = one_update(config, microbatches, make_mesh(shape), mesh_config, optimizer)
   assert metrics.keys() == want_metrics.keys()
   for name, want in want_metrics.items():
     np.testing.assert_allclose(metrics[name], want, rtol=3e-6, atol=1e-6, err_msg=name)
@@ -132,6 +132,28 @@ def test_every_mesh_equals_one_device(shape):
 def test_other_models_on_a_mesh(changes, shape, microbatches):
   """Among them groups whose number the mesh does not divide."""
   compare(model(**changes), shape, microbatches)
+
+
+@pytest.mark.parametrize('changes, shape, fsdp', (
+    ({}, (2, 2, 2), ('data', 'expert')),
+    pytest.param({}, (2, 4, 1), ('data',), marks=pytest.mark.slow),
+    pytest.param({}, (4, 2, 1), ('expert',), marks=pytest.mark.slow),
+    pytest.param(dict(scan_blocks=False, remat='full'), (8, 1, 1), ('data', 'expert'), marks=pytest.mark.slow),
+    pytest.param(dict(remat='dots'), (1, 4, 2), ('data', 'expert'), marks=pytest.mark.slow),
+    pytest.param(dict(dispatch='einsum', remat='minimal'), (2, 4, 1), ('data', 'expert'), marks=pytest.mark.slow),
+    pytest.param(dict(dispatch='dropless', capacity_mode='none'), (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
+    pytest.param(dict(num_experts=0, moe_interval=1), (4, 1, 2), ('data',), marks=pytest.mark.slow)), ids=str)
+def test_split_parameters_equal_one_device(changes, shape, fsdp):
+  compare(model(**changes), shape, mesh_config=MeshConfig(fsdp=fsdp))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh_config', (MeshConfig(shard_optimizer=('data', 'expert')),
+                                         MeshConfig(fsdp=('expert',), shard_optimizer=('data',))), ids=str)
+def test_split_optimizer_equals_one_device(mesh_config):
+  """Parameters whole or halved, Adam's moments in more pieces."""
+  # Large epsilon: in the first step the update is the sign of the gradient, and zero gradients differ by rounding.
+  compare(model(), (2, 2, 2), 2, mesh_config, ADAMW)
 
 
 def test_loss_where_groups_do_not_divide():
@@ -176,19 +198,28 @@ def test_constrain_refuses_mistakes():
 
 
 def test_rules_name_mesh_axes_only():
-  for name, axes in partitioning.RULES.items():
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
+  for name, rule in partitioning.RULES.items():
+    for axis in (rule.used,) if isinstance(rule.used, str) else rule.used or ():
       assert axis in partitioning.MESH_AXES, name
+    assert set(rule.kept) <= set(partitioning.BATCH_AXES), name
 
 
 def test_every_parameter_has_axes_that_exist():
   config = model()
   axes = partitioning.params_axes(jax.eval_shape(lambda: init_params(config, 0)))
-  specs = {'/'.join(partitioning.key_names(path)): partitioning.mesh_axes(names) for path, names in
-           jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))[0]}
+  named = {'/'.join(partitioning.key_names(path)): names for path, names in
+           jax.tree_util.tree_flatten_with_path(axes, is_leaf=partitioning.is_axes)[0]}
+  specs = {name: partitioning.mesh_axes(names) for name, names in named.items()}
   assert specs['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec(None, 'expert', None, 'model')
   assert specs['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec(None, 'model', None)
   assert specs['token_embedder/embedding'] == PartitionSpec('model', None)
+  # The same where they are kept with fsdp: large arrays alone are split further, experts not twice over one axis.
+  kept = {name: partitioning.mesh_axes(names, ('data', 'expert')) for name, names in named.items()}
+  assert kept['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec(None, 'expert', 'data', 'model')
+  assert kept['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec(None, 'model', ('data', 'expert'))
+  assert kept['decoder/blocks/layers_0/pre_mlp_layer_norm/scale'] == PartitionSpec(None, None)
+  assert kept['decoder/blocks/layers_1/mlp/router/router_weights/w/kernel'] == PartitionSpec(None, None, None)
+  assert partitioning.mesh_axes(named['token_embedder/embedding'], ('data',)) == PartitionSpec('model', 'data')
   with pytest.raises(ConfigError, match='decoder/new_thing has no logical axes'):
     partitioning.param_axes(('decoder', 'new_thing'), 2)
   with pytest.raises(ConfigError, match='has 3 dimensions'):
@@ -218,13 +249,23 @@ def test_platform_that_is_not_there():
 
 @pytest.mark.parametrize('changes, mesh, rows, message', (
     (dict(num_heads=3, head_dim=2), dict(model=4), 8,
-     r'num_heads \* head_dim = 6 must be a multiple of MeshConfig.model = 4'),
+     r'num_heads \* head_dim = 6 must be a multiple of MeshConfig.model = 4; 3 would fit'),
     (dict(mlp_dim=18), dict(model=4), 8, 'mlp_dim = 18 must be a multiple of MeshConfig.model = 4'),
     (dict(vocab_size=50), dict(model=4), 8, 'vocab_size = 50 must be a multiple of MeshConfig.model = 4'),
-    (dict(num_experts=6), dict(expert=4), 8, 'num_experts = 6 must be a multiple of MeshConfig.expert = 4'),
+    (dict(num_experts=6), dict(expert=4), 8, 'num_experts = 6 must be a multiple of MeshConfig.expert = 4; 3 would fit'),
     ({}, dict(data=2, expert=4), 12, '12 rows of a microbatch must be a multiple of MeshConfig data x expert = 8')))
 def test_models_that_do_not_fit_a_mesh(changes, mesh, rows, message):
   shape = {'data': 1, 'expert': 1, 'model': 1, **mesh}
   with pytest.raises(ConfigError, match=message):
     partitioning.validate_mesh(model(**changes), shape, rows)
   partitioning.validate_mesh(model(), {'data': 1, 'expert': 1, 'model': 1}, 3)
+
+
+def test_splits_that_do_not_divide_the_width():
+  with pytest.raises(ConfigError, match=r"fsdp or shard_optimizer = \('data', 'expert'\) splits ModelConfig.emb_dim = 8 into 16 "
+                     r"parts, which do not divide it; \(\) or \('data',\) or \('expert',\) would fit"):
+    partitioning.validate_mesh(model(), {'data': 4, 'expert': 4, 'model': 1}, 16, ('data', 'expert'))
+  with pytest.raises(ConfigError, match=r"MeshConfig.fsdp = \('model',\) must be one of"):
+    MeshConfig(fsdp=('model',))
+  assert MeshConfig(fsdp=['expert', 'data']) == MeshConfig(fsdp=('data', 'expert'))
+  assert MeshConfig(fsdp='expert', shard_optimizer=('data',)).optimizer_fsdp == ('data', 'expert')

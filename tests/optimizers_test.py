@@ -390,12 +390,12 @@ def test_state_axes_of_adafactor():
   assert axes.stats['token_embedder']['embedding'] == {'v_row': ('embed',), 'v_col': ('vocab',)}
   assert axes.stats['decoder']['logits_dense']['kernel'] == {'v_row': ('embed',), 'v_col': ('vocab',)}
   assert layer['self_attention']['out']['kernel'] == {'v_row': ('layers', 'joined_kv'), 'v_col': ('layers', 'embed')}
-  assert layer['mlp']['expert']['wi_0']['kernel'] == {'v_row': ('layers', 'expert', 'mlp_embed'),
+  assert layer['mlp']['expert']['wi_0']['kernel'] == {'v_row': ('layers', 'expert', 'expert_embed'),
                                                       'v_col': ('layers', 'expert', 'expert_mlp')}
-  assert layer['mlp']['expert']['wo']['kernel'] == {'v_row': ('layers', 'expert', 'mlp_embed'),
+  assert layer['mlp']['expert']['wo']['kernel'] == {'v_row': ('layers', 'expert', 'expert_embed'),
                                                     'v_col': ('layers', 'expert', 'expert_mlp')}
-  assert layer['mlp']['router']['router_weights']['w']['kernel'] == {'v': ('layers', 'embed', 'unmodeled')}
-  assert layer['pre_mlp_layer_norm']['scale'] == {'v': ('layers', 'embed')}
+  assert layer['mlp']['router']['router_weights']['w']['kernel'] == {'v': ('layers', 'router_embed', 'unmodeled')}
+  assert layer['pre_mlp_layer_norm']['scale'] == {'v': ('layers', 'norm')}
 
 
 @pytest.mark.parametrize('optimizer', [optimizers.adamw(), optax.adamw(1e-3), optax.sgd(0.1, momentum=0.9),
@@ -407,7 +407,7 @@ def test_state_axes_follow_the_parameters(optimizer):
   shapes = [x.shape for x in jax.tree.leaves(state)]
   assert [len(a) for a in axes] == [len(s) for s in shapes]
   experts = [a for a, s in zip(axes, shapes) if s == (2, 4, 8, 16)]
-  assert set(experts) <= {('layers', 'expert', 'mlp_embed', 'expert_mlp')}
+  assert set(experts) <= {('layers', 'expert', 'expert_embed', 'expert_mlp')}
 
 
 def test_state_of_no_parameter_is_refused():

@@ -50,16 +50,16 @@ def mesh_shape(mesh: MeshConfig, num_devices: int = 0) -> Dict[str, int]:
 def state_plan(run: RunConfig, mesh: Mapping[str, int]) -> Tuple[List[ArrayPlan], List[ArrayPlan]]:
   """Plans of the parameters' and of the optimizer state's arrays, as the training step holds them."""
   state = abstract_train_state(run.model, optimizers.make_optimizer(run.optimizer, run.train.train_steps))
-  axes = partitioning.params_axes(state.params), optimizers.state_axes(state.opt_state, state.params)
-  return tuple(_plans(tree, tree_axes, mesh) for tree, tree_axes in zip((state.params, state.opt_state), axes))
+  return (_plans(state.params, partitioning.params_axes(state.params), mesh, run.mesh.fsdp),
+          _plans(state.opt_state, optimizers.state_axes(state.opt_state, state.params), mesh, run.mesh.optimizer_fsdp))
 
 
-def _plans(tree: Any, axes: Any, mesh: Mapping[str, int]) -> List[ArrayPlan]:
+def _plans(tree: Any, axes: Any, mesh: Mapping[str, int], fsdp: Sequence[str]) -> List[ArrayPlan]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple and all(isinstance(n, (str, type(None))) for n in x))
+  names = jax.tree.leaves(axes, is_leaf=partitioning.is_axes)
   plans = []
   for (path, leaf), logical in zip(leaves, names, strict=True):
-    spec = tuple(partitioning.mesh_axes(logical))
+    spec = tuple(partitioning.mesh_axes(logical, fsdp))
     itemsize = jnp.dtype(leaf.dtype).itemsize
     plans.append(ArrayPlan('/'.join(partitioning.key_names(path)), tuple(leaf.shape), str(leaf.dtype), spec,
                            math.prod(leaf.shape) * itemsize, _device_size(leaf.shape, spec, mesh) * itemsize))
