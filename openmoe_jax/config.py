@@ -207,6 +207,11 @@ class TrainConfig:
     routing_metrics: log for every sparse layer who is dropped and how sure the router is (docs/routing_analysis.md).
     max_metric_keys: most curves in TensorBoard, half of them of training, the others of the sources of validation together;
       figures of single experts, then of single layers give way. metrics.jsonl has everything.
+    stop_on_nan: end the run, its checkpoints kept, when max_skipped_steps steps in a row were skipped; False goes on
+      skipping. A step whose loss or gradients are not finite is always skipped: it changes nothing but the position in
+      the data. Parameters that are not finite always end the run.
+    max_skipped_steps: see stop_on_nan; 1 ends the run at the first.
+    plots: write PNGs of loss and expert load when the run ends.
   """
   train_steps: int = 1000
   num_microbatches: int = 1
@@ -214,6 +219,7 @@ class TrainConfig:
   log_period: int = 10
   eval_period: int = 1000
   stop_on_nan: bool = True
+  max_skipped_steps: int = 10
   plots: bool = True
   routing_metrics: bool = True
   max_metric_keys: int = 300
@@ -221,6 +227,8 @@ class TrainConfig:
   def __post_init__(self):
     integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
     integers(self, 0, 'seed', 'eval_period', 'max_metric_keys')
+    integers(self, 1, 'train_steps', 'num_microbatches', 'log_period', 'max_skipped_steps')
+    integers(self, 0, 'seed', 'eval_period')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,12 +264,19 @@ def make_optimizer(config: OptimizerConfig, train_steps: int,
   return clip_global_norm(optimizer, config.max_grad_norm) if config.max_grad_norm else optimizer
 
 
+def _is_count(path: Any) -> bool:
+  return partitioning.key_names(path)[-1:] == ('count',)
+
+
 def with_count(state: Any, count: int) -> Any:
   """The optimizer state with its number of updates set: what decides learning rate and decay of a warm start."""
-  def leaf(path, x):
-    is_count = partitioning.key_names(path)[-1:] == ('count',)
-    return jnp.full_like(x, count) if is_count else x
-  return jax.tree_util.tree_map_with_path(leaf, state)
+  return jax.tree_util.tree_map_with_path(lambda path, x: jnp.full_like(x, count) if _is_count(path) else x, state)
+
+
+def updates_done(state: Any, default: jax.Array) -> jax.Array:
+  """The number of updates that an optimizer state counts: fewer than steps where some were skipped; `default` where it
+  counts none."""
+  return next((x for path, x in jax.tree_util.tree_flatten_with_path(state)[0] if _is_count(path)), default)
 
 
 def state_axes(state: Any, params: Any, logical_axes: LogicalAxes = partitioning.param_axes) -> Any:

@@ -19,7 +19,7 @@ from openmoe_jax.routers.state import init_state
 class TrainState:
   """Attributes:
 
-    step: int32 [], updates made so far.
+    step: int32 [], batches trained on so far; those whose step was skipped count.
     params: nested dictionary of float32 arrays.
     opt_state: the optax state.
     router_state: routers' own arrays (frozen tables, balancing biases): saved like parameters, not differentiated.

@@ -13,7 +13,7 @@ from openmoe_jax.config import MeshConfig, ModelConfig, require
 from openmoe_jax.losses import chunked_cross_entropy
 from openmoe_jax.metrics import Metrics
 from openmoe_jax.model import OpenMoE, variables
-from openmoe_jax.optimizers import global_norm
+from openmoe_jax.optimizers import global_norm, updates_done
 from openmoe_jax.routers import state as router_state_lib
 from openmoe_jax.train_state import TrainState, keep_sharded
 
@@ -137,10 +137,13 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
       draws the same.
     schedule: step -> learning rate, only to report it.
     routing_metrics: whether metrics have the shares of `routers.online`.
+    schedule: number of updates done -> learning rate, only to report it.
 
   Returns:
     (state, batch) -> (state, metrics); batch leaves are [B, L] or [m, B/m, L]. Metrics are those of
-    `loss_and_metrics`, and `grad_norm`, `param_norm` (before the update) and, with a schedule, `learning_rate`.
+    `loss_and_metrics`, and `grad_norm`, `param_norm` (before the update), `skipped` and, with a schedule,
+    `learning_rate`. Where loss or gradient norm are not finite, `skipped` is 1, else 0, and the new state is the old one
+    but for its step counter: parameters, the optimizer's memory and its count of updates, and router state.
   """
   def step(state: TrainState, batch: Batch):
     batch = split_microbatches(batch, num_microbatches)
@@ -151,11 +154,16 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     metrics['grad_norm'] = global_norm(grads)
     metrics['param_norm'] = global_norm(state.params)
     if schedule is not None:
-      metrics['learning_rate'] = jnp.asarray(schedule(state.step), jnp.float32)
-    new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+      metrics['learning_rate'] = jnp.asarray(schedule(updates_done(state.opt_state, state.step)), jnp.float32)
+    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+    metrics['skipped'] = 1. - finite.astype(jnp.float32)
+    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                         router_state=router_state_lib.update_state(config, state.router_state, metrics))
     return new, metrics_lib.with_shares(config, metrics, routing_metrics)
     return keep_sharded(new, mesh_config), metrics
+    # Selected where it is written, array by array: XLA makes one loop of update and selection.
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    return new.replace(step=state.step + 1), metrics
 
   return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config.optimizer_fsdp)
 

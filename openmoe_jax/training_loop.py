@@ -58,7 +58,7 @@ class TrainingLoop:
       saved: the `progress` of the checkpoint that `state` comes from; {} for a new run.
 
     Raises:
-      TrainingError: loss, gradients or parameters are no longer finite.
+      TrainingError: loss or gradients were not finite in too many steps in a row, or parameters are not.
       CheckpointError: a checkpoint cannot be written.
     """
     step, end = int(state.step), self._run.train.train_steps
@@ -117,7 +117,7 @@ class TrainingLoop:
         self._evaluate(step, state)
       if evaluate_tasks:
         self._evaluate_tasks(step, state)
-      if save:
+      if save and not self._window.skipped_in_a_row:  # the last checkpoint before trouble is not rotated away by it
         self._save(step, state)
       if evaluate or evaluate_tasks or save:
         self._progress.clock.pause()
@@ -134,25 +134,38 @@ class TrainingLoop:
     values, name = jax.device_get((metrics, name))
     self._checkpointer.check()
     self._progress.clock.tick()
-    broken = not_finite(values)
-    if broken and self._run.train.stop_on_nan:
-      self._stop(step, f'{broken} is {float(values[broken])}')
+    skipped_before = self._window.skipped_in_a_row
     self._window.add(values, name)
+    self._look_at(step, values, skipped_before)
     logged = self._due(self._run.train.log_period, step)
     if logged:
       self._log(step)
       self._window.restart()
     self._progress.update(step, values, logged)
 
-  def _stop(self, step: int, what: str) -> None:
+  def _look_at(self, step: int, values: Mapping[str, Any], skipped_before: int) -> None:
+    """Says that steps are skipped, once for those in a row, and stops where training broke down."""
+    broken, row = not_finite(values), self._window.skipped_in_a_row
+    what = f'{broken} is {float(values[broken])}' if broken else ''
+    if broken == 'param_norm':
+      self._stop(step, what)
+    if self._run.train.stop_on_nan and row >= self._run.train.max_skipped_steps:
+      self._stop(step, what, f' (skipped; {row} such in a row)')
+    if row == 1:
+      self._progress.say(f'step {step}: {what}; the step is skipped, parameters and optimizer stay as they are')
+    elif skipped_before and not row:
+      self._progress.say(f'step {step}: finite again after {skipped_before} skipped steps; '
+                         f'{self._window.skipped_steps} since the run began')
+
+  def _stop(self, step: int, what: str, note: str = '') -> None:
     """Raises `TrainingError`: training broke down at this step, in the way that `what` says."""
     kept = self._checkpointer.steps()
     self._writers.flush()
     raise TrainingError(
-        f'{what} at step {step}: training stopped. ' +
+        f'{what} at step {step}{note}: training stopped. ' +
         (f'Checkpoint {kept[-1]} is kept. ' if kept else 'There is no checkpoint yet. ') +
         f'--replay_step={step} shows the batch of that step; a lower learning rate, OptimizerConfig.max_grad_norm or '
-        "dtype 'float32' may help; --gin.TrainConfig.stop_on_nan=False goes on regardless.")
+        "dtype 'float32' may help; --gin.TrainConfig.max_skipped_steps=N skips more steps in a row.")
 
   def _tokens(self, step: int) -> int:
     return step * self._run.data.batch_size * self._run.data.row_length
@@ -183,8 +196,8 @@ class TrainingLoop:
 
   def _save(self, step: int, state: TrainState, wait: bool = False) -> None:
     self._writers.flush()  # no checkpoint is ahead of its history
-    # The metrics are of the state before a step: an update that broke down would show after it was saved.
-    if self._run.train.stop_on_nan and not self._finite((state.params, state.opt_state)):
+    # A step is skipped for its gradients. An update of finite ones that broke down would show after it was saved.
+    if not self._finite((state.params, state.opt_state, state.router_state)):
       self._stop(step, 'an update of the parameters or the optimizer state is not finite')
     progress = {'window': self._window.state(), 'evaluated': self._evaluated,
                 'tasks_done': self._tasks_done}

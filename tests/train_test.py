@@ -149,6 +149,33 @@ def test_changed_data_starts_the_streams_anew(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_and_the_data_go_on(finished, tmp_path, monkeypatch):
+  """In a whole run: the same batches as of the undisturbed one, the same numbers before, others after."""
+  make = train_lib.make_train_step
+
+  def make_with_a_bad_step(*args, **kwargs):
+    step = make(*args, **kwargs)
+
+    def call(state, batch):
+      bad = int(state.step) == 6
+      weights = batch['decoder_loss_weights'] * (np.float32(np.nan) if bad else np.float32(1))
+      return step(state, {**batch, 'decoder_loss_weights': weights})
+    return call
+
+  monkeypatch.setattr(train_lib, 'make_train_step', make_with_a_bad_step)
+  run = tiny_run.tiny_run(tmp_path, mesh=MESH, checkpoint=dict(period=7))
+  text = run_train(run)
+  assert 'step 7: loss is nan; the step is skipped' in text and 'step 8: finite again after 1 skipped steps' in text
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [12]
+  train = lambda model_dir: {r['step']: r for r in tiny_run.curve(model_dir) if r['kind'] == 'train'}
+  ours, undisturbed = train(tmp_path), train(finished[0].model_dir)
+  assert [ours[step]['skipped_steps'] for step in sorted(ours)] == [0, 0, 0, 1, 1, 1]
+  assert [r['batch_hashes'] for r in ours.values()] == [r['batch_hashes'] for r in undisturbed.values()]
+  same = [abs(ours[step]['loss'] / undisturbed[step]['loss'] - 1) < 1e-6 for step in sorted(ours)]
+  assert same == [True, True, True, False, False, False] and np.isfinite(ours[12]['loss'])
+
+
+@pytest.mark.slow
 def test_nan_stops_with_a_clear_message_and_keeps_the_checkpoint(tmp_path):
   run = tiny_run.tiny_run(tmp_path, mesh=MESH, checkpoint=dict(period=1),
                           optimizer=dict(name='adamw', schedule='constant', learning_rate=1e30))
