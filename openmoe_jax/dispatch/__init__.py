@@ -5,11 +5,10 @@ from typing import Callable, Union
 import jax
 
 from openmoe_jax.config import DISPATCH_BACKENDS
-from openmoe_jax.dispatch import einsum, sort
+from openmoe_jax.dispatch import all_to_all, einsum, sort
 from openmoe_jax.routers.types import SlotAssignment, TokenAssignment
 
-_BACKENDS = {'sort': sort.apply_experts, 'einsum': einsum.apply_experts}
-_OF_SLOTS = {'sort': sort.apply_to_slots, 'einsum': einsum.apply_to_slots}
+_BACKENDS = {'sort': sort.apply_experts, 'einsum': einsum.apply_experts, 'all_to_all': all_to_all.apply_experts}
 # 'dropless' has no slots, hence a signature of its own: see dropless.py.
 assert {*_BACKENDS, 'dropless'} == set(DISPATCH_BACKENDS)
 
@@ -19,7 +18,7 @@ def apply_experts(backend: str, x: jax.Array, assignment: Union[TokenAssignment,
   """Sends tokens to their experts, runs these, and adds up the gated results.
 
   Args:
-    backend: 'sort' or 'einsum'; they agree to rounding, gradients included.
+    backend: 'sort', 'einsum' or 'all_to_all'; they agree to rounding, gradients included.
     x: [G, T, D] tokens in the activation dtype.
     assignment: where each token goes.
     experts: [E, G, C, D] -> [E, G, C, D]; an empty slot is a zero vector.
@@ -28,6 +27,4 @@ def apply_experts(backend: str, x: jax.Array, assignment: Union[TokenAssignment,
   Returns:
     float32 [G, T, D]; zero for a token none of whose choices was kept, or that no expert took.
   """
-  if isinstance(assignment, SlotAssignment):
-    return _OF_SLOTS[backend](x, assignment, experts)
   return _BACKENDS[backend](x, assignment, experts, num_experts, capacity)

@@ -3,7 +3,7 @@
 Costs 2 * T * E * C * D multiplications a group each way; the other back ends are compared with it.
 """
 
-from typing import Callable
+from typing import Callable, Union
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,15 @@ def _one_hot_slots(assignment: TokenAssignment, num_experts: int, capacity: int,
           jax.nn.one_hot(slot, capacity, dtype=dtype)[..., None, :])
 
 
-def apply_experts(x: jax.Array, assignment: TokenAssignment, experts: Callable[[jax.Array], jax.Array],
-                  num_experts: int, capacity: int) -> jax.Array:
+def apply_experts(x: jax.Array, assignment: Union[TokenAssignment, SlotAssignment],
+                  experts: Callable[[jax.Array], jax.Array], num_experts: int, capacity: int) -> jax.Array:
   """See `openmoe_jax.dispatch.apply_experts`."""
-  mask = jnp.sum(_one_hot_slots(assignment, num_experts, capacity, x.dtype), axis=2)
-  combine = jnp.sum(assignment.gate[..., None, None] *
-                    _one_hot_slots(assignment, num_experts, capacity, jnp.float32), axis=2)
+  if isinstance(assignment, SlotAssignment):
+    one_hot = jnp.moveaxis(jax.nn.one_hot(assignment.token, x.shape[1], dtype=jnp.float32), -1, 1)
+    mask, combine = one_hot.astype(x.dtype), assignment.gate[:, None] * one_hot
+  else:
+    mask = jnp.sum(_one_hot_slots(assignment, num_experts, capacity, x.dtype), axis=2)
+    combine = jnp.sum(assignment.gate[..., None, None] *
+                      _one_hot_slots(assignment, num_experts, capacity, jnp.float32), axis=2)
   y = experts(jnp.einsum('GTEC,GTD->EGCD', mask, x))
   return jnp.einsum('GTEC,EGCD->GTD', combine, y.astype(jnp.float32))
-
-
-def apply_to_slots(x: jax.Array, assignment: SlotAssignment, experts: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """See `openmoe_jax.dispatch.apply_experts`."""
-  mask = jax.nn.one_hot(assignment.token, x.shape[1], dtype=jnp.float32)
-  y = experts(jnp.einsum('GECT,GTD->EGCD', mask.astype(x.dtype), x))
-  return jnp.einsum('GECT,EGCD->GTD', assignment.gate[..., None] * mask, y.astype(jnp.float32))

@@ -5,7 +5,7 @@ passes are gathers as well: no scatter-add, hence the same bits on every run.
 """
 
 import functools
-from typing import Callable
+from typing import Any, Callable, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -61,22 +61,32 @@ def _from_slots_bwd(residuals, dout):
 _from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
 
 
-def apply_experts(x: jax.Array, assignment: TokenAssignment, experts: Callable[[jax.Array], jax.Array],
-                  num_experts: int, capacity: int) -> jax.Array:
-  """See `openmoe_jax.dispatch.apply_experts`."""
+def to_slots(x: jax.Array, assignment: Union[TokenAssignment, SlotAssignment], num_experts: int, capacity: int
+             ) -> Tuple[jax.Array, Any]:
+  """The experts' slots [G, E, C, D] of tokens [G, T, D], and the way back that `from_slots` takes: arrays that lead
+  with G. `num_experts` and `capacity` are read of a TokenAssignment."""
+  if isinstance(assignment, SlotAssignment):
+    return _rows(x, assignment.token), assignment
   slots = flat_slots(assignment, num_experts, capacity)
   by_slot = slots_from_tokens(assignment._replace(gate=jax.lax.stop_gradient(assignment.gate)), num_experts, capacity)
-  y = experts(_to_slots(x, by_slot.token, slots).swapaxes(0, 1)).swapaxes(0, 1)
-  return _from_slots(y, assignment.gate, by_slot.token, by_slot.gate, slots)
+  return _to_slots(x, by_slot.token, slots), (assignment.gate, by_slot.token, by_slot.gate, slots)
 
 
-def apply_to_slots(x: jax.Array, assignment: SlotAssignment, experts: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """See `openmoe_jax.dispatch.apply_experts`.
+def from_slots(y: jax.Array, back: Any, num_tokens: int) -> jax.Array:
+  """What experts gave [G, E, C, D], gated and added up at its token: float32 [G, T, D].
 
-  How many slots a token has is not bounded by less than E, so results are added up by a scatter here, as are gradients
-  by x: on an accelerator the order of additions, and with it the last bit, may differ from run to run.
+  Where experts choose, how many slots a token has is not bounded by less than E, so results are added up by a scatter,
+  as are gradients by x: on an accelerator the order of additions, and with it the last bit, may differ from run to run.
   """
-  y = experts(_rows(x, assignment.token).swapaxes(0, 1)).swapaxes(0, 1)
-  y = assignment.gate[..., None] * y.astype(jnp.float32)
-  add = lambda token, rows: jnp.zeros((x.shape[1], x.shape[2]), jnp.float32).at[token].add(rows, mode='drop')
-  return jax.vmap(add)(assignment.token, y)
+  if not isinstance(back, SlotAssignment):
+    return _from_slots(y, *back)
+  y = back.gate[..., None] * y.astype(jnp.float32)
+  add = lambda token, rows: jnp.zeros((num_tokens, y.shape[-1]), jnp.float32).at[token].add(rows, mode='drop')
+  return jax.vmap(add)(back.token, y)
+
+
+def apply_experts(x: jax.Array, assignment: Union[TokenAssignment, SlotAssignment],
+                  experts: Callable[[jax.Array], jax.Array], num_experts: int, capacity: int) -> jax.Array:
+  """See `openmoe_jax.dispatch.apply_experts`."""
+  slots, back = to_slots(x, assignment, num_experts, capacity)
+  return from_slots(experts(slots.swapaxes(0, 1)).swapaxes(0, 1), back, x.shape[1])
