@@ -10,7 +10,7 @@ import pytest
 
 from openmoe_jax import partitioning
 from openmoe_jax.config import ConfigError, MeshConfig, ModelConfig
-from openmoe_jax.dispatch import dropless
+from openmoe_jax.dispatch import dropless, rounds
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from openmoe_jax.routers.types import TokenAssignment
@@ -70,8 +70,8 @@ def test_block_rows(tokens, rows):
   assert dropless.block_rows(tokens, 2, 16) == rows
 
 
-def test_blocks_equal_the_instruction_of_accelerators():
-  """`with_ragged_dot` is what GPUs and TPUs run; here on a CPU, with gradients."""
+def test_blocks_equal_the_instruction_of_tpus():
+  """`with_ragged_dot` is what TPUs run; here on a CPU, with gradients."""
   rng = np.random.RandomState(1)
   sizes = jnp.asarray([5, 0, 11, 1], jnp.int32)
   _, _, wi, wo = make_inputs(1, 4, 4, 2)
@@ -127,19 +127,45 @@ def test_model_equals_one_with_slots_for_everybody(changes):
   assert_same(value_and_gradients(model(dispatch='dropless', **changes), params, make_batch()), want)
 
 
-@pytest.mark.parametrize('shape', ((2, 4, 1), (2, 2, 2), (1, 1, 8)))
-def test_mesh(shape):
-  """Experts split over devices, and their hidden layers, too ('swiglu' kernels hold two halves side by side).
+@functools.partial(jit, static_argnums=5)
+def output_and_gradients(x, gate, wi, wo, assignment, activations):
+  out = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
-  Compared with slots on the same mesh, so that attention adds up in the same order; mesh_test has those on one device.
+  def loss(x, gate, wi, wo):
+    y = dropless.apply_experts(x, assignment._replace(gate=gate), wi, wo, activations)
+    return jnp.sum(y * out), y
+
+  grads, y = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, gate, wi, wo)
+  return y, grads[0], jnp.where(assignment.kept, grads[1], 0), grads[2:]
+
+
+@pytest.mark.parametrize('shape', ((2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 4, 1), (1, 1, 8)))))
+@pytest.mark.parametrize('experts', ('random', 'of one device'))
+def test_mesh(shape, experts):
+  """Rows travel, in one round or as many as it takes; hidden layers are split over the axis model.
+
+  'swiglu' kernels hold two halves side by side.
   """
-  params, _ = with_slots()
-  mesh = partitioning.make_mesh(MeshConfig(*shape))
-  with jax.set_mesh(mesh):
-    args = (jax.device_put(params, partitioning.tree_shardings(params, mesh)),
-            jax.device_put(make_batch(), partitioning.batch_sharding(mesh)))
-    got, want = (value_and_gradients(model(dispatch=dispatch), *args) for dispatch in ('dropless', 'sort'))
-  assert_same(got, want)
+  x, assignment, _, _ = make_inputs(4, 48, 8, 2, kept=0.8)
+  if experts == 'of one device':  # and all but one of its rows to the same expert
+    index = jnp.asarray(np.random.RandomState(0).permutation(48)[:, None] == 0).astype(int) + jnp.asarray([6, 5])
+    assignment = assignment._replace(expert_index=index[None])
+  kernels = [jnp.asarray(np.random.RandomState(i).randn(8, *k) / 2, jnp.float32)
+             for i, k in enumerate(((EMB, 16), (EMB, 8), (8, EMB)))]
+  args = (x, assignment.gate, kernels[:2], kernels[2], assignment, ('swiglu', 'linear'))
+  want = output_and_gradients(*args)
+  with jax.set_mesh(partitioning.make_mesh(MeshConfig(*shape))):
+    got = output_and_gradients(*args)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+def test_rounds_are_bounded():
+  """A device receives 1.5 times its share a round, or all that others can ask for if that is less."""
+  assert rounds.most_rows(4096, 2, 8, 4) == 3072
+  assert rounds.most_rows(4096, 1, 1, 2) == 3072
+  assert rounds.most_rows(100, 4, 2, 2) == 200
+  assert rounds.most_rows(1, 2, 4, 8) == 1
 
 
 def test_tokens_that_do_not_divide_over_the_mesh():

@@ -1,8 +1,8 @@
 """Dispatch without capacity: every choice is served, and only filled rows are computed (Gale et al. 2022, MegaBlocks).
 
-Choices are laid out as one array of rows in the order of their experts. On a CPU the experts' runs are then cut into
-blocks of rows, each multiplied with its expert's kernels; accelerators have an instruction for that
-(`jax.lax.ragged_dot`, which a CPU computes densely, an order of magnitude slower).
+Choices are laid out as one array of rows in the order of their experts. TPUs have an instruction for products of such
+runs (`jax.lax.ragged_dot`), of which other devices make a product of all rows with all experts; there the runs are cut
+into blocks of rows, each multiplied with its expert's kernels. Over the mesh axis `expert` rows travel: see rounds.py.
 """
 
 import functools
@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from openmoe_jax.dispatch import sort
+from openmoe_jax.dispatch import rounds, sort
 from openmoe_jax.layers import gate
-from openmoe_jax.partitioning import BATCH_AXES
+from openmoe_jax.partitioning import BATCH_AXES, num_shards
 from openmoe_jax.routers.slots import queue_positions
 from openmoe_jax.routers.types import TokenAssignment
 
-MOST_ROWS = 128  # of a block: enough that copying an expert's kernels for it costs little beside the products
+# Of a block: enough that copying an expert's kernels for it costs little beside the products.
+MOST_ROWS = {'cpu': 128, 'gpu': 1024}
 FEWEST_ROWS = 4
 
 
-def block_rows(num_tokens: int, num_selected: int, num_experts: int) -> int:
+def block_rows(num_tokens: int, num_selected: int, num_experts: int, most: int = MOST_ROWS['cpu']) -> int:
   """Rows of a block: about twice an expert's mean share, as a power of two within limits, but never more than tokens."""
   share = max(2 * num_tokens * num_selected // num_experts, 1)
-  return min(num_tokens, MOST_ROWS, max(FEWEST_ROWS, 1 << (share - 1).bit_length()))
+  return min(num_tokens, most, max(FEWEST_ROWS, 1 << (share - 1).bit_length()))
 
 
 def apply_experts(x: jax.Array, assignment: TokenAssignment, wi: Sequence[jax.Array], wo: jax.Array,
@@ -42,9 +43,9 @@ def apply_experts(x: jax.Array, assignment: TokenAssignment, wi: Sequence[jax.Ar
   Returns:
     float32 [G, T, D]; zero for a token none of whose choices was kept.
 
-  Memory: rows, results and their gradients, [G * T * S, D] each, and the hidden layer of one block (CPU) or of all rows
-  (accelerators). Nothing is padded to a worst case, however unequal the experts' shares. On a mesh a device holds the
-  rows of all tokens of its 'data' row that ask for its own experts.
+  Memory: rows, results and their gradients, [G * T * S, D] each, and the hidden layer of one block, or of all rows on a
+  TPU. Nothing is padded to a worst case, however unequal the experts' shares. On a mesh these are rows of a device's own
+  tokens, and there are those that come in one round, `rounds.SLACK` times as many.
   """
   groups, tokens, emb_dim = x.shape
   x = x.reshape(groups * tokens, emb_dim)
@@ -52,29 +53,35 @@ def apply_experts(x: jax.Array, assignment: TokenAssignment, wi: Sequence[jax.Ar
   weight = assignment.gate.reshape(index.shape)
   mesh = jax.sharding.get_abstract_mesh()
   run = _one_device if mesh.empty or mesh.size == 1 else functools.partial(_many_devices, mesh)
-  return run(x, index, weight, tuple(wi), wo, tuple(activations)).reshape(groups, tokens, emb_dim)
+  return run(x, index, weight, (tuple(wi), wo), tuple(activations)).reshape(groups, tokens, emb_dim)
 
 
-def _many_devices(mesh, x, index, weight, wi, wo, activations):
-  """Experts stay where they are: the tokens of a 'data' row go to all of its experts, results are added up."""
-  count, shards = x.shape[0], mesh.shape['data'] * mesh.shape['expert']
+def _one_device(x, index, weight, kernels, activations):
+  run = _feed_forward_runs(activations, *index.shape, kernels[1].shape[0])
+  return _through_rows(x, index, weight, kernels[1].shape[0], lambda rows, sizes: run(rows, kernels, sizes))
+
+
+def _many_devices(mesh, x, index, weight, kernels, activations):
+  """Experts stay where they are, rows travel; hidden layers are split over the axis `model`."""
+  count, num_experts = x.shape[0], kernels[1].shape[0]
+  shards, devices = num_shards('batch'), num_shards('expert')
   pad = lambda array, value: jnp.pad(array, ((0, -count % shards), (0, 0)), constant_values=value)
   rows, kernel_in = PartitionSpec(BATCH_AXES), PartitionSpec('expert', None, 'model')
 
-  @functools.partial(jax.shard_map, in_specs=(rows, rows, rows, (kernel_in,) * len(wi),
-                                              PartitionSpec('expert', 'model', None)),
+  @functools.partial(jax.shard_map, in_specs=(rows, rows, rows, (kernel_in, PartitionSpec('expert', 'model', None))),
                      out_specs=rows, check_vma=False)
-  def local(x, index, weight, wi, wo):
-    x, index, weight = (jax.lax.all_gather(a, 'expert', tiled=True) for a in (x, index, weight))
-    index = index - jax.lax.axis_index('expert') * wo.shape[0]
-    index = jnp.where((index >= 0) & (index < wo.shape[0]), index, wo.shape[0])
-    y = _one_device(x, index, weight, wi, wo, activations)
-    return jax.lax.psum_scatter(jax.lax.psum(y, 'model'), 'expert', tiled=True)
+  def local(x, index, weight, kernels):
+    run = _feed_forward_runs(activations, *index.shape, num_experts // devices)
+    if devices > 1:
+      most = rounds.most_rows(*index.shape, num_experts // devices, devices)
+      run = functools.partial(rounds.in_rounds, run, most)
+    y = _through_rows(x, index, weight, num_experts, lambda rows, sizes: run(rows, kernels, sizes))
+    return jax.lax.psum(y, 'model')
 
   # 'swiglu' kernels hold two halves side by side, so an interval of columns is no interval of both.
   halves = tuple(2 if name == 'swiglu' else 1 for name in activations)
-  wi = tuple(_interleave(w, n, mesh.shape['model']) for w, n in zip(wi, halves))
-  return local(pad(x, 0), pad(index, wo.shape[0]), pad(weight, 0), wi, wo)[:count]
+  wi = tuple(_interleave(w, n, mesh.shape['model']) for w, n in zip(kernels[0], halves))
+  return local(pad(x, 0), pad(index, num_experts), pad(weight, 0), (wi, kernels[1]))[:count]
 
 
 def _interleave(kernel: jax.Array, halves: int, parts: int) -> jax.Array:
@@ -86,26 +93,29 @@ def _interleave(kernel: jax.Array, halves: int, parts: int) -> jax.Array:
   return kernel.swapaxes(2, 3).reshape(experts, emb_dim, width)
 
 
-def _one_device(x, index, weight, wi, wo, activations):
-  """x [N, D], index and weight [N, S]; an index of E asks for nobody -> float32 [N, D]."""
-  (count, selected), num_experts = index.shape, wo.shape[0]
+def _through_rows(x, index, weight, num_experts, run):
+  """x [N, D], index and weight [N, S]; an index of E asks for nobody -> float32 [N, D].
+
+  `run` takes rows [N * S, D] in the order of their experts, and how many each expert has, int32 [E].
+  """
+  count, selected = index.shape
   sizes = jnp.sum(jax.nn.one_hot(index, num_experts, dtype=jnp.int32), axis=(0, 1))
   first = jnp.cumsum(sizes) - sizes
   kept = index < num_experts
   row = first.at[index].get(mode='fill', fill_value=0) + queue_positions(index[None], num_experts)[0]
   # All rows as the slots of a single expert: moving tokens to rows and back is the same problem as ever.
   rows = TokenAssignment(jnp.zeros_like(index)[None], jnp.where(kept, weight, 0)[None], row[None], kept[None])
-  size = block_rows(count, selected, num_experts)
-  cast = lambda wi, wo: (tuple(w.astype(x.dtype) for w in wi), wo.astype(x.dtype))
+  return sort.apply_experts(x[None], rows, lambda slots: run(slots[0, 0], sizes)[None, None], 1, count * selected)[0]
 
-  def experts(slots):
-    run = functools.partial(
-        jax.lax.platform_dependent,
-        cpu=lambda rows, kernels: in_blocks(activations, size, rows, kernels, sizes),
-        default=lambda rows, kernels: with_ragged_dot(activations, rows, cast(*kernels), sizes))
-    return run(slots[0, 0], (wi, wo))[None, None]
 
-  return sort.apply_experts(x[None], rows, experts, 1, count * selected)[0]
+def _feed_forward_runs(activations, num_tokens, num_selected, num_experts):
+  """The function (rows, kernels, sizes) -> results of the platform; the numbers are what to expect on one device."""
+  size = functools.partial(block_rows, num_tokens, num_selected, num_experts)
+  blocks = lambda most: functools.partial(in_blocks, activations, size(most))
+  cast = lambda kernels, dtype: (tuple(w.astype(dtype) for w in kernels[0]), kernels[1].astype(dtype))
+  ragged = lambda rows, kernels, sizes: with_ragged_dot(activations, rows, cast(kernels, rows.dtype), sizes)
+  return functools.partial(jax.lax.platform_dependent, tpu=ragged, cpu=blocks(MOST_ROWS['cpu']),
+                           default=blocks(MOST_ROWS['gpu']))
 
 
 def with_ragged_dot(activations, rows, kernels, sizes):
