@@ -67,7 +67,7 @@ def dropless(config: ModelConfig) -> ModelConfig:
 
 def t5x(config: ModelConfig) -> ModelConfig:
   """The same model with the routing groups and capacities of the original's evaluation."""
-  dispatch = 'sort' if config.dispatch == 'dropless' else config.dispatch
+  dispatch = 'auto' if config.dispatch == 'dropless' else config.dispatch
   return config.replace(capacity_mode='t5x', dispatch=dispatch, dropout_rate=0.)
 
 

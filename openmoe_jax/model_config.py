@@ -7,7 +7,7 @@ from openmoe_jax.checks import integers, not_negative, one_of, require
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 CAPACITY_MODES = ('t5x', 'none', 'colossalai')
-DISPATCH_BACKENDS = ('sort', 'einsum', 'all_to_all', 'dropless')
+DISPATCH_BACKENDS = ('auto', 'sort', 'einsum', 'all_to_all', 'dropless')
 ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen', 'expert_choice', 'hierarchical')
 # Routers whose gates need not add up to 1.
 NORMALIZABLE = ('top_k', 'sigmoid', 'frozen', 'hierarchical')
@@ -52,8 +52,9 @@ class ModelConfig:
     num_expert_replicas: R of SPEC 2.1; the number of groups is a multiple of R*E.
     capacity_mode: 't5x' (SPEC 2.3), 'none' (no token is ever dropped), 'colossalai' (SPEC 9 a, b).
     dispatch: 'sort' (gather and scatter), 'einsum' (one-hot matrices, the reference) or 'all_to_all' ('sort', with the
-      exchange over the mesh axis `expert` written out), equal to rounding; 'dropless', for capacity_mode = 'none': runs
-      of rows instead of slots, nothing padded, all tokens one routing group.
+      exchange over the mesh axis `expert` written out), equal to rounding; 'auto' is 'all_to_all' where that axis splits
+      experts and else 'sort'. 'dropless', for capacity_mode = 'none': runs of rows instead of slots, nothing padded, all
+      tokens one routing group.
     extra_mlp: an always-on feed-forward network behind the experts, with its own norm.
     parallel_moe: the paper's equation 4: experts and extra MLP read the same normalised input and are added together.
     parallel_attention: in a sparse layer attention, experts and extra MLP all read the same normalised input.
@@ -105,7 +106,7 @@ class ModelConfig:
   min_expert_capacity: int = 4
   num_expert_replicas: int = 1
   capacity_mode: str = 't5x'
-  dispatch: str = 'sort'
+  dispatch: str = 'auto'
   extra_mlp: bool = True
   parallel_moe: bool = False
   parallel_attention: bool = False

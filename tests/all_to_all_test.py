@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe_jax import partitioning
+from openmoe_jax import dispatch, partitioning
 from openmoe_jax.config import MeshConfig
 from openmoe_jax.dispatch import apply_experts
 from openmoe_jax.routers.types import SlotAssignment, TokenAssignment
@@ -87,3 +87,10 @@ def test_what_is_sent():
     text = run.lower('all_to_all', *args).compile().as_text()
   sent = re.findall(r' (all-to-all|all-gather|collective-permute|reduce-scatter)\(', text)
   assert sent == ['all-to-all'] * 4, sent
+
+
+def test_automatic_choice():
+  assert dispatch.automatic() == 'sort'
+  for shape, want in (((2, 4, 1), 'all_to_all'), ((8, 1, 1), 'sort'), ((1, 1, 8), 'sort')):
+    with jax.set_mesh(partitioning.make_mesh(MeshConfig(*shape))):
+      assert dispatch.automatic() == want

@@ -122,7 +122,8 @@ def test_every_mesh_equals_one_device(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes, shape, microbatches', (
-    (dict(dispatch='einsum'), (2, 4, 1), 1), (dict(dispatch='all_to_all', remat='minimal'), (2, 2, 2), 2),
+    (dict(dispatch='einsum'), (2, 4, 1), 1), (dict(dispatch='sort'), (2, 2, 2), 1), (dict(remat='minimal'), (2, 2, 2), 2),
+    (dict(dispatch='dropless', capacity_mode='none', remat='full'), (2, 2, 2), 2),
     (dict(scan_blocks=False, remat='minimal'), (2, 2, 2), 1),
     ({}, (2, 1, 2), 2), (dict(num_experts=3, group_size=64), (8, 1, 1), 1),
     (dict(num_experts=6, group_size=7), (4, 2, 1), 1), (dict(num_experts=0, moe_interval=1), (2, 2, 2), 1),

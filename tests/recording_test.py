@@ -88,7 +88,7 @@ def test_queue_in_token_order():
 def test_policies():
   assert policies.configure(CONFIG, 'none').dispatch == 'dropless'
   dropless = policies.configure(CONFIG, 'none')
-  assert policies.configure(dropless, 't5x_train').dispatch == 'sort'
+  assert policies.configure(dropless, 't5x_train').dispatch == 'auto'
   assert policies.configure(CONFIG, 't5x_train').eval_capacity_factor == 1.25
   with pytest.raises(ConfigError, match="policy = 'all' is not known; valid: 'none', 't5x_train'"):
     policies.configure(CONFIG, 'all')

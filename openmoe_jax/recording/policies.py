@@ -45,7 +45,7 @@ def configure(config: ModelConfig, name: str) -> ModelConfig:
   policy = POLICIES[name]
   if policy.capacity_mode == 'none':
     return decoding.dropless(config)
-  dispatch = 'sort' if config.dispatch == 'dropless' else config.dispatch
+  dispatch = 'auto' if config.dispatch == 'dropless' else config.dispatch
   factor = config.train_capacity_factor if policy.train_factor else config.eval_capacity_factor
   return config.replace(capacity_mode=policy.capacity_mode, dispatch=dispatch, eval_capacity_factor=factor,
                         dropout_rate=0.)
