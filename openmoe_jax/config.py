@@ -202,7 +202,6 @@ class TrainConfig:
     seed: of initialisation and dropout.
     log_period: steps between points in TensorBoard.
     eval_period: steps between evaluations; 0 evaluates only at the end.
-    stop_on_nan: end the run, its checkpoints kept, when loss or gradients are no longer finite.
     plots: write PNGs of loss, expert load and routing when the run ends.
     routing_metrics: log for every sparse layer who is dropped and how sure the router is (docs/routing_analysis.md).
     max_metric_keys: most curves in TensorBoard, half of them of training, the others of the sources of validation together;
@@ -211,7 +210,6 @@ class TrainConfig:
       skipping. A step whose loss or gradients are not finite is always skipped: it changes nothing but the position in
       the data. Parameters that are not finite always end the run.
     max_skipped_steps: see stop_on_nan; 1 ends the run at the first.
-    plots: write PNGs of loss and expert load when the run ends.
   """
   train_steps: int = 1000
   num_microbatches: int = 1
@@ -225,10 +223,8 @@ class TrainConfig:
   max_metric_keys: int = 300
 
   def __post_init__(self):
-    integers(self, 1, 'train_steps', 'num_microbatches', 'log_period')
-    integers(self, 0, 'seed', 'eval_period', 'max_metric_keys')
     integers(self, 1, 'train_steps', 'num_microbatches', 'log_period', 'max_skipped_steps')
-    integers(self, 0, 'seed', 'eval_period')
+    integers(self, 0, 'seed', 'eval_period', 'max_metric_keys')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,12 +108,10 @@ def train(run: RunConfig) -> None:
     progress.say(f'changed since the last checkpoint: {note}')
 
   to_global = lambda batch: data.to_global(batch, mesh, stream_ids=streams.stream_ids, num_streams=run.data.num_streams)
-  train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, seed=run.train.seed,
-                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps),
-                               routing_metrics=run.train.routing_metrics)
   train_step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, mesh_config=run.mesh,
                                seed=run.train.seed,
-                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
+                               schedule=learning_rate_schedule(run.optimizer, run.train.train_steps),
+                               routing_metrics=run.train.routing_metrics)
   with resume.hold_model_dir(run):
     checkpointer = checkpoints.Checkpointer(run)
     state, saved = _first_state(run, checkpointer, template, initialise, streams, same_data, progress.say)

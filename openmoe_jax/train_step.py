@@ -122,11 +122,9 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
-                    mesh: Optional[Mesh] = None, seed: int = 0, schedule: Optional[Callable] = None,
-                    routing_metrics: bool = True) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
                     mesh: Optional[Mesh] = None, mesh_config: MeshConfig = MeshConfig(), seed: int = 0,
-                    schedule: Optional[Callable] = None) -> Callable[
-                        [TrainState, Batch], Tuple[TrainState, Metrics]]:
+                    schedule: Optional[Callable] = None, routing_metrics: bool = True
+                    ) -> Callable[[TrainState, Batch], Tuple[TrainState, Metrics]]:
   """The training step: loss, gradients, optimizer; jitted, and the state is donated (do not use it again).
 
   Args:
@@ -135,9 +133,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     mesh_config: how finely the state is split (`train_state.state_shardings`).
     seed: of dropout and of what routers draw; the key of a step follows from it and the step counter, so a resumed run
       draws the same.
-    schedule: step -> learning rate, only to report it.
-    routing_metrics: whether metrics have the shares of `routers.online`.
     schedule: number of updates done -> learning rate, only to report it.
+    routing_metrics: whether metrics have the shares of `routers.online`.
 
   Returns:
     (state, batch) -> (state, metrics); batch leaves are [B, L] or [m, B/m, L]. Metrics are those of
@@ -159,11 +156,10 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     metrics['skipped'] = 1. - finite.astype(jnp.float32)
     new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                         router_state=router_state_lib.update_state(config, state.router_state, metrics))
-    return new, metrics_lib.with_shares(config, metrics, routing_metrics)
-    return keep_sharded(new, mesh_config), metrics
     # Selected where it is written, array by array: XLA makes one loop of update and selection.
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return new.replace(step=state.step + 1), metrics
+    new = keep_sharded(new.replace(step=state.step + 1), mesh_config)
+    return new, metrics_lib.with_shares(config, metrics, routing_metrics)
 
   return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config.optimizer_fsdp)
 
