@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from openmoe_jax import analyze
-from openmoe_jax.analysis.figures import context, draw, drops, early, eviction, load, pieces, selection, specialisation, tables
+from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, selection, specialisation, tables
 from openmoe_jax.analysis.figures.report import Report, mean_of
 from openmoe_jax.analysis.resampling import Estimate
 from openmoe_jax.config import ConfigError
@@ -26,7 +26,6 @@ class Numbers(Report):
   """Keeps the numbers of figures instead of drawing them."""
 
   def figure(self, name, paper, section, title, caption, picture, header, rows):
-    draw.pyplot().close(picture)
     self._entry(name, paper, section, title, caption)
     self.rows = {**getattr(self, 'rows', {}), name: [dict(zip(header, row, strict=True)) for row in rows]}
 
@@ -55,7 +54,7 @@ def test_what_decides_is_found(tmp_path, kind, name):
     if variable == name:
       assert rows[label]['normalized_information'] == pytest.approx(1., abs=1e-6) and rows[label]['p_value'] < .05
     else:
-      assert abs(rows[label]['normalized_information']) < .03
+      assert abs(rows[label]['normalized_information']) < .04  # the first id of a row is always 0: of 1 in 64 tokens
   found = report.value('context_independence')
   assert found.headline and (found.value == pytest.approx(1., abs=1e-6)) == (kind == 'token')
   accuracy = report.value('token_id_accuracy')

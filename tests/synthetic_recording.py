@@ -49,7 +49,7 @@ def _choices(kind, model_config, token_id, position, domain, noise, rng):
            'domain': np.full_like(token_id, domain), 'random': rng.integers(0, experts, token_id.shape),
            'mixed': token_id % experts}[kind]
   if kind == 'mixed':
-    drawn = np.where(rng.random(token_id.shape) < .8 * position / position.shape[1], 0, rng.integers(0, experts,
+    drawn = np.where(rng.random(token_id.shape) < 1.6 * position / position.shape[1], 0, rng.integers(0, experts,
                                                                                                   token_id.shape))
     first = np.where(rng.random(token_id.shape) < noise, drawn, first)
   return [np.stack([first, (first + rng.integers(1, experts, first.shape)) % experts], axis=-1)]

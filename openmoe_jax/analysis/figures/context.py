@@ -177,7 +177,7 @@ def _draw_information(report: Report, chosen: Selection, own: Sequence[Variable]
       'Mutual information of the first expert with each variable, over the entropy of the expert: 100 % where the variable '
       'decides it, 0 % where it says nothing. Bars are 95 % intervals (jackknife over blocks of rows); "chance" is the 97.5 '
       '% quantile with shuffled values. Orange: what a variable adds to the token id.',
-      draw_lines.dots(panels, chosen.layers, f'What decides the first expert, step {chosen.last}', 'sparse layer',
+      lambda: draw_lines.dots(panels, chosen.layers, f'What decides the first expert, step {chosen.last}', 'sparse layer',
                       'mutual information'),
       ['step', 'layer', 'variable', 'given', 'normalized_information', 'low', 'high', 'chance_low', 'chance_high', 'p_value',
        'tokens', 'values'], lines)
@@ -191,7 +191,7 @@ def _draw_accuracy(report: Report, chosen: Selection, guesses) -> None:
       'token_id_accuracy', '', 'context', 'The expert predicted from the token id alone',
       'How often the first expert is the one that the token id has most often in other rows (five-fold, by blocks of rows). '
       '"chance" is the share of the busiest expert.',
-      draw_lines.dots([('', [series])], chosen.layers, f'First expert predicted from the token id, step {chosen.last}',
+      lambda: draw_lines.dots([('', [series])], chosen.layers, f'First expert predicted from the token id, step {chosen.last}',
                       'sparse layer', 'right', top=1.),
       ['step', 'layer', 'accuracy', 'low', 'high', 'baseline', 'share_of_unseen_ids'],
       [(chosen.last, layer, *g.accuracy, g.baseline.value, g.unseen) for layer, g in guesses.items()])
@@ -216,7 +216,7 @@ def _positions(report: Report, chosen: Selection, settings: Settings) -> None:
       'fig09_positions', 'figure 9', 'context', 'Experts by position in the row',
       f'Which experts tokens choose at different positions of the row, step {chosen.last}; white is an equal share. Rows '
       'that look alike mean that the position does not decide.',
-      draw.share_maps(panels, f'Experts by position, step {chosen.last}', 'position', UNIT),
+      lambda: draw.share_maps(panels, f'Experts by position, step {chosen.last}', 'position', UNIT),
       ['step', 'layer', 'positions', 'expert', 'relative_share'], lines)
 
 
@@ -243,7 +243,7 @@ def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
       'fig10_token_ids', 'figure 10', 'context', 'Experts by token id',
       f'Which experts the same token chooses wherever it stands, step {chosen.last}; white is an equal share. A row with a '
       'few dark cells is a token that goes to the same experts whatever is around it.',
-      draw.share_maps(panels, f'Experts by token id, step {chosen.last}', 'token', UNIT),
+      lambda: draw.share_maps(panels, f'Experts by token id, step {chosen.last}', 'token', UNIT),
       ['step', 'layer', 'token_id', 'token', 'tokens', 'expert', 'relative_share'], lines)
 
 
@@ -285,12 +285,12 @@ def _deviations(report: Report, chosen: Selection) -> None:
       'Standard deviation, from expert to expert, of the share of choices at each position. Dashed: with positions shuffled, '
       'which is what the load of the experts and the number of tokens give. Lines that lie together mean that positions '
       'have no experts of their own.',
-      draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}', 'position in the row',
+      lambda: draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}', 'position in the row',
                         'standard deviation of share'),
       ['step', 'layer', 'position', 'standard_deviation', 'shuffled'], lines['position'])
   report.figure(
       'fig14_token_id_deviation', 'figure 14', 'context', 'How uneven the experts of a token id are',
       f'The same for token ids with at least {MIN_TOKENS} tokens. Far right of the grey: ids that have experts of their own.',
-      draw_lines.histograms(by_token, f'Unevenness of experts by token id, step {chosen.last}',
+      lambda: draw_lines.histograms(by_token, f'Unevenness of experts by token id, step {chosen.last}',
                             'standard deviation of share (%)', 'token ids (%)'),
       ['step', 'layer', 'token_id', 'standard_deviation', 'shuffled'], lines['token_id'])

@@ -99,7 +99,7 @@ def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, uni
 
 def _maps(panels, title, row_name, column_name, columns, norm, colour_map, square, change):
   import matplotlib
-  cells, lines = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
+  cells, rows = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
   labels = max(len(name) for panel in panels for name in panel.rows)
   wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
   most = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
@@ -107,13 +107,15 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, squar
   width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
   if square:  # rows are what columns are
     width = min(width, 3.4)
-  height = width * .82 if square else max(lines * .2, .9)
+  height = width * .82 if square else max(rows * .2, .9)
   figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, height + .55), title)
-  palette = matplotlib.colormaps[colour_map].copy()
-  palette.set_bad('#e5e8ec')
+  palette = matplotlib.colormaps[colour_map].with_extremes(bad='#e5e8ec')
   for axis, panel in zip(axes, panels):
-    mesh = axis.imshow(change(np.ma.masked_invalid(panel.values)), norm=norm, cmap=palette, aspect='auto',
-                       interpolation='nearest')
+    lines = .5 if max(cells, len(panel.rows)) <= 40 else 0.  # white, between cells
+    mesh = axis.pcolormesh(np.arange(cells + 1) - .5, np.arange(len(panel.rows) + 1) - .5,
+                           change(np.ma.masked_invalid(panel.values)), norm=norm, cmap=palette, edgecolors='white',
+                           linewidth=lines)
+    axis.invert_yaxis()
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set_title(text(panel.title))
@@ -122,11 +124,6 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, squar
     every = max(1, len(panel.rows) // 8) if square and columns is None else 1
     axis.set_yticks(np.arange(0, len(panel.rows), every), [text(name[:24]) for name in panel.rows[::every]], fontsize=8)
     axis.tick_params(length=0)
-    axis.set_xticks(np.arange(1, cells) - .5, minor=True)  # thin white lines between cells
-    axis.set_yticks(np.arange(1, len(panel.rows)) - .5, minor=True)
-    if max(cells, len(panel.rows)) <= 40:
-      axis.grid(which='minor', color='white', linewidth=.5, alpha=1.)
-    axis.tick_params(which='minor', length=0)
   outer_labels(axes, side_by_side, column_name, row_name)
   return figure, axes, mesh
 

@@ -140,7 +140,7 @@ def _draw_domains(report: Report, chosen: Selection, policy: str, found: Mapping
         f'Share of the choices that find their expert full, by position in the row; step {chosen.last}, policy {policy}: '
         f'{describe(chosen, policy)}. Bands are 95 % bootstrap intervals over blocks of rows. Where a row is a group, later '
         'tokens must find fuller experts; where it is cut into groups, or shares one with other rows, they need not.',
-        draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
+        lambda: draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
         ['policy', 'step', 'layer', 'domain', 'position', 'dropped', 'low', 'high'],
         [line for layer in chosen.layers for d in domains
          for line in _lines((policy, chosen.last, layer, d), found[policy, layer].domains[d])])
@@ -167,7 +167,7 @@ def _draw_compared(report: Report, recordings: Sequence[Selection], policy: str,
       f'fig12_compared_{policy}', 'figure 12', 'drops', f'Dropped choices along the row, models compared: {policy}',
       f'Share of the choices that find their expert full, by position in the row, over all domains, for '
       f'{" and ".join(labels)}; policy {policy}: {describe(recordings[0], policy)}.',
-      draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
+      lambda: draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
       ['policy', 'recording', 'layer', 'position', 'dropped', 'low', 'high'],
       [line for (label, layer), own in of.items() for line in _lines((policy, label, layer), own)])
 
@@ -191,7 +191,7 @@ def _draw_ranks(report: Report, chosen: Selection, found: Mapping[Tuple[str, int
       'drops_by_rank', '', 'drops', 'Dropped choices by rank',
       f'Share of the first and of the second choices that are dropped, in each sparse layer at step {chosen.last}. First '
       'choices of a whole group are served before all second ones. Bars are 95 % bootstrap intervals.',
-      draw_lines.dots(panels, chosen.layers, f'Dropped choices by rank, step {chosen.last}', 'sparse layer', 'dropped'),
+      lambda: draw_lines.dots(panels, chosen.layers, f'Dropped choices by rank, step {chosen.last}', 'sparse layer', 'dropped'),
       ['policy', 'step', 'layer', 'rank', 'dropped', 'low', 'high'], lines)
 
 
@@ -212,7 +212,7 @@ def _draw_without_expert(report: Report, chosen: Selection, found: Mapping[Tuple
       'tokens_without_expert', '', 'drops', 'Tokens left without any expert',
       f'Share of the tokens none of whose choices is kept, so that the sparse layer adds nothing to them, by position in the '
       f'row at step {chosen.last}. Dropped choices (figure 12) are more: most of these tokens still have another expert.',
-      draw_lines.curves(list(panels.values()), f'Tokens left without any expert, step {chosen.last}', 'position in the row',
+      lambda: draw_lines.curves(list(panels.values()), f'Tokens left without any expert, step {chosen.last}', 'position in the row',
                         'tokens', ordered=True),
       ['policy', 'step', 'layer', 'position', 'without_expert', 'low', 'high'],
       [line for (policy, layer), own in found.items() for line in _lines((policy, chosen.last, layer), own.without_expert)])
@@ -226,7 +226,7 @@ def _draw_in_group(report: Report, chosen: Selection, found: Mapping[Tuple[str, 
       'drops_in_group', '', 'drops', 'Dropped choices along the routing group',
       'The same by place in the routing group, under the policies whose groups are no rows: this is where drops towards the '
       f'end are in training. {"; ".join(f"{policy}: {describe(chosen, policy)}" for policy in panels)}.',
-      draw_lines.curves(list(panels.values()), f'Dropped choices along the routing group, step {chosen.last}',
+      lambda: draw_lines.curves(list(panels.values()), f'Dropped choices along the routing group, step {chosen.last}',
                         'place in the group', 'dropped choices', ordered=True),
       ['policy', 'step', 'layer', 'place', 'dropped', 'low', 'high'],
       [line for (policy, layer), own in found.items() if own.in_group is not None
@@ -248,6 +248,6 @@ def _draw_over_training(report: Report, chosen: Selection) -> None:
   report.figure(
       'drops_over_training', '', 'drops', 'Dropped choices over training',
       'Share of the choices that are dropped at each checkpoint, on the same text, under each policy.',
-      draw_lines.curves(panels, 'Dropped choices over training', 'training step', 'dropped choices', ordered=True,
+      lambda: draw_lines.curves(panels, 'Dropped choices over training', 'training step', 'dropped choices', ordered=True,
                         markers=True),
       ['policy', 'layer', 'step', 'dropped', 'low', 'high'], lines)

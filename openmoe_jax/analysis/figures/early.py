@@ -110,7 +110,7 @@ def _draw_agreement(report: Report, chosen: Selection, to_last: Mapping[Tuple[in
       f'Share of tokens whose first expert is that of step {chosen.last}, and share of token ids (with at least '
       f'{routing_statistics.MIN_COUNT} tokens) whose most frequent expert is; bands are 95 % bootstrap intervals, dashed is '
       'what independent routers with the same loads would have.',
-      draw_lines.curves(panels, f'Routing decisions that are already those of step {chosen.last}', 'training step',
+      lambda: draw_lines.curves(panels, f'Routing decisions that are already those of step {chosen.last}', 'training step',
                         'same as at the end', ordered=True, markers=True, least_top=1.),
       ['layer', 'step', 'last_step', 'same', 'low', 'high', 'chance', 'kappa', 'kappa_low', 'kappa_high', 'ids_same',
        'ids_low', 'ids_high', 'ids_chance', 'ids'],
@@ -124,7 +124,7 @@ def _draw_matrix(report: Report, chosen: Selection, found: Mapping[int, np.ndarr
       'agreement_matrix', '', 'early', 'Agreement of routing between all checkpoints',
       "Share of tokens with the same first expert at two checkpoints, beyond what their loads would give (Cohen's kappa, in "
       'percent): 0 is chance, 100 the same routing. A bright square in the lower right is routing that has settled.',
-      draw.maps([draw.Map(f'layer {layer}', own, names) for layer, own in found.items()],
+      lambda: draw.maps([draw.Map(f'layer {layer}', own, names) for layer, own in found.items()],
                 'Agreement of first experts between checkpoints', 'training step', 'training step', 'kappa', (0., 1.), names,
                 numbers=len(names) <= 12),
       ['layer', 'step', 'other_step', 'kappa'],
@@ -140,7 +140,7 @@ def _draw_information(report: Report, chosen: Selection, information) -> None:
       'token_id_information_over_training', '', 'early', 'How much the token id decides, over training',
       'Mutual information of the first expert with the token id, over the entropy of the expert, at each checkpoint: 100 % '
       'is a router that looks at the token id alone.',
-      draw_lines.curves([draw_lines.Panel('', curves)], 'What the token id says about the expert, over training',
+      lambda: draw_lines.curves([draw_lines.Panel('', curves)], 'What the token id says about the expert, over training',
                         'training step', 'mutual information', ordered=True, markers=True, least_top=1.),
       ['layer', 'step', 'normalized_information', 'low', 'high'],
       [(layer, step, *own) for (layer, step), own in information.items()])
@@ -162,7 +162,7 @@ def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
         f'fig11_token_ids_over_training_layer{layer}', 'figure 11', 'early', f'Token ids over training, layer {layer}',
         f'Which experts a token chooses at each checkpoint, in layer {layer}; white is an equal share. Columns that keep '
         'their colour from early on are experts that were learned early.',
-        draw.share_maps(panels, f'Layer {layer}: experts of token ids over training', 'step', UNIT),
+        lambda: draw.share_maps(panels, f'Layer {layer}: experts of token ids over training', 'step', UNIT),
         ['layer', 'step', 'token_id', 'token', 'expert', 'relative_share'],
         [(layer, step, i, settings.piece(i), e, share) for i in ids for step in chosen.steps
          for e, share in enumerate(shares[step][i])])

@@ -139,7 +139,7 @@ def _draw_shares(report: Report, chosen: Selection, found: Mapping[Tuple[str, in
       'evictions', '', 'eviction', 'Choices that later tokens decide about',
       'Of the choices behind the first, those that are dropped, and those that would be kept, were no later token there. For '
       'each of these a first choice of a later token is kept. Bars are 95 % bootstrap intervals.',
-      draw_lines.dots(panels, chosen.layers, f'Second choices that are dropped, step {chosen.last}', 'sparse layer',
+      lambda: draw_lines.dots(panels, chosen.layers, f'Second choices that are dropped, step {chosen.last}', 'sparse layer',
                       'second choices'),
       ['policy', 'step', 'layer', *names], lines)
 
@@ -161,7 +161,7 @@ def _draw_along(report: Report, chosen: Selection, along: Mapping[Tuple[str, int
         f'Share of the choices behind the first that are dropped, and that are dropped only because of later tokens, by place '
         f'in the routing group ({policy}: {describe(chosen, policy)}). Early tokens lose theirs to later ones; late ones come '
         'too late.',
-        draw_lines.curves(panels, f'Second choices dropped along the routing group: {policy}', 'place in the group',
+        lambda: draw_lines.curves(panels, f'Second choices dropped along the routing group: {policy}', 'place in the group',
                           'second choices'),
         ['policy', 'step', 'layer', 'what', 'place', 'share', 'low', 'high'], lines)
 
@@ -172,7 +172,7 @@ def _draw_costs(report: Report, chosen: Selection, costs: Mapping[str, Cost]) ->
       'eviction_loss', '', 'eviction', 'What dropped choices cost',
       f'Loss under each policy minus loss without drops, on the same tokens at step {chosen.last}, by what happened to the '
       'token over all sparse layers. Tokens with nothing dropped see the drops of others through attention.',
-      draw_lines.dots([('', series)], FATES, f'What dropped choices cost, step {chosen.last}', 'fate of the token',
+      lambda: draw_lines.dots([('', series)], FATES, f'What dropped choices cost, step {chosen.last}', 'fate of the token',
                       'extra loss (nats)', percent=False),
       ['policy', 'step', 'fate', 'share_of_tokens', 'loss', 'low', 'high'],
       [(policy, chosen.last, fate, own.shares[i], *own.fates[i]) for policy, own in costs.items()

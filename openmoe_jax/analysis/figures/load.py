@@ -59,7 +59,7 @@ def _draw_load(report: Report, chosen: Selection, found: Mapping[Tuple[int, int]
       'load_over_training', '', 'load', 'Load of the experts over training',
       'Choices that each expert gets at each checkpoint, first and second together, over an equal share: white is balanced, '
       f'dark blue is dying (dead below {DEAD:g}x).',
-      draw.share_maps(panels, 'Load of the experts over training', 'step'),
+      lambda: draw.share_maps(panels, 'Load of the experts over training', 'step'),
       ['layer', 'step', 'expert', 'load', 'low', 'high', 'dead'],
       [(layer, step, int(e), *(part[int(e)] for part in own.load), int(int(e) in own.dead))
        for (layer, step), own in found.items() for e in experts])
@@ -81,7 +81,7 @@ def _draw_balance(report: Report, chosen: Selection, found: Mapping[Tuple[int, i
       'load_extremes', '', 'load', 'The busiest and the idlest expert over training',
       'Load of the busiest and of the idlest expert of each layer over an equal share, with 95 % bootstrap intervals. An '
       f'expert below {DEAD:g} is counted as dead.',
-      draw_lines.curves([draw_lines.Panel('busiest expert', [*busiest, even]),
+      lambda: draw_lines.curves([draw_lines.Panel('busiest expert', [*busiest, even]),
                          draw_lines.Panel('idlest expert', [*idlest, even])],
                         'The busiest and the idlest expert over training', 'training step', 'x equal share', percent=False,
                         ordered=True, markers=True),
@@ -109,14 +109,14 @@ def _draw_alike(report: Report, chosen: Selection) -> None:
       'expert_similarity', '', 'load', 'Experts that serve the same tokens',
       'Cosine of the token ids that two experts are chosen by: 1 where both serve the same ids in the same proportions, 0 '
       f'where they share none; step {chosen.last}.',
-      draw.maps(alike, f'Similarity of experts, step {chosen.last}', 'expert', 'expert', 'cosine', (0., 1.), square=True),
+      lambda: draw.maps(alike, f'Similarity of experts, step {chosen.last}', 'expert', 'expert', 'cosine', (0., 1.), square=True),
       header, lines)
   if chosen.choices > 1:
     report.figure(
         'experts_together', '', 'load', 'Experts that are chosen together',
         'How often the first two choices of a token are these two experts, over what their loads alone would give: red '
         f'pairs are chosen together, blue pairs are alternatives; step {chosen.last}.',
-        draw.share_maps(company, f'Experts chosen by the same token, step {chosen.last}', 'expert', 'x by chance',
+        lambda: draw.share_maps(company, f'Experts chosen by the same token, step {chosen.last}', 'expert', 'x by chance',
                         square=True),
         header, lines)
 

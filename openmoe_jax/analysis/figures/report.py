@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -63,19 +63,20 @@ class Report:
     self.figures: List[Dict[str, str]] = []
     self.findings: List[Finding] = []
 
-  def figure(self, name: str, paper: str, section: str, title: str, caption: str, picture: Any, header: Sequence[str],
-             rows: Sequence[Sequence[Any]]) -> None:
-    """Writes a picture (a matplotlib figure, which is closed) and its numbers."""
+  def figure(self, name: str, paper: str, section: str, title: str, caption: str, picture: Callable[[], Any],
+             header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a picture, which `picture` draws as a matplotlib figure, and its numbers."""
     entry = self._entry(name, paper, section, title, caption)
     entry.update(png=f'figures/{name}.png', svg=f'figures/{name}.svg', csv=f'figures/{name}.csv')
-    pyplot = styled_pyplot()
+    pyplot, figure = styled_pyplot(), picture()
     for kind in ('png', 'svg'):
       stream = io.BytesIO()
-      with pyplot.rc_context({'svg.hashsalt': name}):
-        picture.savefig(stream, format=kind, metadata={'Date': None} if kind == 'svg' else None)
+      # Always the same bytes; the layout leaves no margins to cut off, which would take as long as drawing.
+      with pyplot.rc_context({'svg.hashsalt': name, 'savefig.bbox': 'standard'}):
+        figure.savefig(stream, format=kind, metadata={'Date': None} if kind == 'svg' else None)
       paths.write_bytes(self._folder / entry[kind], stream.getvalue())
-      picture.set_layout_engine('none')  # it has its places
-    pyplot.close(picture)
+      figure.set_layout_engine('none')  # everything has its place now
+    pyplot.close(figure)
     self._csv(entry['csv'], header, rows)
 
   def table(self, name: str, paper: str, section: str, title: str, caption: str, header: Sequence[str],

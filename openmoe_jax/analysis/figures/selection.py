@@ -223,8 +223,8 @@ def short_names(names: Sequence[str]) -> List[str]:
   words = [name.split('_') for name in names]
   least = min(map(len, words)) - 1
   alike = lambda i: len({own[i] for own in words}) == 1
-  front = next((i for i in range(least) if not alike(i)), least)
-  back = next((i for i in range(least - front) if not alike(-1 - i)), least - front)
+  back = next((i for i in range(least) if not alike(-1 - i)), least)
+  front = next((i for i in range(least - back) if not alike(i)), least - back)
   return ['_'.join(own[front:len(own) - back]) for own in words]
 
 

@@ -43,7 +43,7 @@ def _figures(report, chosen, group, labels, found) -> None:
       f'Which experts the tokens of each {group.what} choose, first and second choices together, in every sparse layer at '
       f'step {chosen.last}. White is an equal share of 1/{chosen.experts}, red is more, blue is less. Rows that look alike '
       f'mean that experts do not divide the {what} among themselves.',
-      draw.share_maps(panels, f'Experts chosen by {group.what}, step {chosen.last}', group.what, UNIT),
+      lambda: draw.share_maps(panels, f'Experts chosen by {group.what}, step {chosen.last}', group.what, UNIT),
       header, [line for layer in found for line in lines(layer)])
   for layer, own in found.items():
     report.figure(
@@ -51,7 +51,7 @@ def _figures(report, chosen, group, labels, found) -> None:
         f'Experts by {group.what}, layer {layer}',
         f'The same as radars for layer {layer}: each spoke is an expert, the dashed ring an equal share. All {what} have '
         'the same scale.',
-        draw.radars([(labels[i], shares) for i, shares in own.items()],
+        lambda: draw.radars([(labels[i], shares) for i, shares in own.items()],
                     f'Layer {layer}: experts by {group.what}, step {chosen.last}', f'spokes: experts; radius: {UNIT}'),
         header, lines(layer))
 
