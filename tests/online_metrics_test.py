@@ -35,12 +35,11 @@ def test_by_hand():
   came to expert 1 before token 1 did.
   """
   config = CONFIG.replace(num_experts=3)
-  expert = jnp.asarray([[[0, 1], [1, 0], [2, 0], [0, 2], [0, 1]]])
-  kept = jnp.asarray([[[1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]], bool)
-  logits = jnp.log(jnp.asarray([[[.5, .25, .25], [.25, .5, .25], [.25, .25, .5], [1 / 3] * 3, [1 / 3] * 3]]))
-  assignment = TokenAssignment(expert, kept * .5, jnp.zeros_like(expert), kept)
-  is_token = jnp.asarray([[1, 1, 1, 1, 0]], bool)
-  counts = online.counts(config, assignment, logits, is_token, Grouping(1, 5, 1, 5, 1), 4)
+  expert = np.asarray([[[0, 1], [1, 0], [2, 0], [0, 2], [0, 1]]])
+  kept = np.asarray([[[1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]], bool)
+  logits = np.log(np.float32([[[.5, .25, .25], [.25, .5, .25], [.25, .25, .5], [1 / 3] * 3, [1 / 3] * 3]]))
+  count = jit(lambda *arrays: online.counts(config, *arrays, Grouping(1, 5, 1, 5, 1), 4))
+  counts = count(TokenAssignment(expert, kept * .5, np.zeros_like(expert), kept), logits, np.arange(5)[None] < 4)
   got = dict(zip(online.names(config), np.asarray(counts)))
   entropy = 3 * (.5 * math.log(2) + .5 * math.log(4)) / math.log(3) + 1
   want = {'router_entropy': (entropy, 4), 'fraction_dropped_rank_0': (1, 4), 'fraction_dropped_rank_1': (4, 4),
