@@ -50,7 +50,7 @@ VARIANTS = {
     'random_priority': Variant({'priority': 'random'}),
     'loss_free': Variant({'router': 'sigmoid', 'normalize_gates': True, 'aux_loss_factor': 0.,
                           'router_z_loss_factor': 0.}),
-    'parallel_layer': Variant({'parallel_moe': True}),
+    'parallel_moe': Variant({'parallel_moe': True}),
     'parallel_attention': Variant({'parallel_attention': True}),
     'dense_as_chosen': Variant(dense='chosen'),
     'dense_as_trained': Variant(dense='trained'),
