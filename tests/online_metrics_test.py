@@ -18,10 +18,10 @@ from openmoe_jax.routers import online
 from openmoe_jax.routers.groups import Grouping, group_tokens
 from openmoe_jax.routers.types import TokenAssignment
 from openmoe_jax.train_state import init_train_state
-from openmoe_jax.train_step import make_train_step
+from openmoe_jax.train_step import gradients, make_train_step, split_microbatches
 from openmoe_jax.writers import DETAILS, Writers, scalars
 from tests import numpy_reference
-from tests.quick_jit import COMPILER_OPTIONS, jit
+from tests.quick_jit import jit
 
 CONFIG = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4, num_layers=2, moe_interval=1,
                      num_experts=4, group_size=8, min_expert_capacity=1, train_capacity_factor=1., dtype='float32',
@@ -102,17 +102,15 @@ def test_the_same_as_from_a_recording(params):
   np.testing.assert_allclose(got['fraction_evicted'], np.mean(got['fraction_evicted_per_layer']), rtol=1e-6)
 
 
-def step_metrics(params, num_microbatches=1, **options):
-  optimizer, batch = optax.sgd(0.), make_batch()
-  state = init_train_state(CONFIG, optimizer, params)
-  step = make_train_step(CONFIG, optimizer, num_microbatches, **options)
-  return step.lower(state, batch).compile(COMPILER_OPTIONS)(state, batch)[1]
-
-
 def test_microbatches_add_up(params):
   """A group is a row here, so that microbatches drop the same tokens; they differ in how many they have."""
-  whole, parts = step_metrics(params), step_metrics(params, 2)
-  assert group_tokens(CONFIG, 4, 8, True)[2:] == (4, 8, 2) and group_tokens(CONFIG, 2, 8, True)[3:] == (8, 2)
+  def metrics(num_microbatches):
+    batch = split_microbatches(make_batch((8, 3, 8, 1, 5, 8, 8, 8)), num_microbatches)
+    run = jit(lambda params: with_shares(CONFIG, gradients(CONFIG, params, batch)[1]))
+    return run(params)
+
+  assert group_tokens(CONFIG, 8, 8, True)[2:] == (8, 8, 2) and group_tokens(CONFIG, 4, 8, True)[2:] == (4, 8, 2)
+  whole, parts = metrics(1), metrics(2)
   assert 'routing_counts' not in whole and whole.keys() == parts.keys()
   for name in online.names(CONFIG):
     np.testing.assert_allclose(parts[name + PER_LAYER], whole[name + PER_LAYER], rtol=1e-6, err_msg=name)
@@ -120,8 +118,12 @@ def test_microbatches_add_up(params):
 
 
 def test_left_out_if_not_wanted(params):
-  names = step_metrics(params, routing_metrics=False).keys()
-  assert not {name.removesuffix(PER_LAYER) for name in names} & {*online.names(CONFIG), 'routing_counts'}
+  optimizer = optax.sgd(0.)
+  state, wanted = init_train_state(CONFIG, optimizer, params), {*online.names(CONFIG)}
+  for routing_metrics in (True, False):
+    step = make_train_step(CONFIG, optimizer, 2, routing_metrics=routing_metrics)
+    names = jax.eval_shape(step, state, make_batch())[1]
+    assert {name.removesuffix(PER_LAYER) for name in names} & {*wanted, 'routing_counts'} == (wanted if routing_metrics else set())
 
 
 # Curves.
