@@ -22,7 +22,7 @@ CONFIG_FILE = 'config.json'
 
 # What this program writes into a model_dir.
 OWN_NAMES = (CONFIG_FILE, checkpoints.CHECKPOINTS, checkpoints.DAMAGED, 'metrics.jsonl', 'tensorboard', 'loss.png',
-             'expert_load.png', 'routing.png', 'eval')
+             'expert_load.png', 'routing.png', 'eval', 'profile')
 _LOCK_FILE = '.lock'
 # What shells, disks and file browsers leave in an otherwise empty folder.
 _INNOCENT = ('lost+found', 'nohup.out')

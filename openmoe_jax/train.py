@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import jax
 
-from openmoe_jax import checkpoints, command_line, launch, paths, resume
+from openmoe_jax import checkpoints, command_line, launch, paths, profiling, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
@@ -39,6 +39,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def _main(argv: Optional[Sequence[str]]) -> None:
   parser = command_line.Parser(prog='openmoe-train', description=__doc__)
   parser.add_argument('--replay_step', type=int, metavar='N', help='show the batch, loss and routing of step N and stop')
+  parser.add_argument('--profile_steps', metavar='FIRST:LAST', help='record these steps, into the folder profile of model_dir, '
+                      'for TensorBoard and Perfetto; not the first, which compiles')
   parser.add_argument('--coordinator_address', metavar='HOST:PORT', help='where process 0 listens')
   parser.add_argument('--num_processes', type=int, help='how many processes share the run')
   parser.add_argument('--process_id', type=int, help='which of them this is, from 0')
@@ -47,13 +49,14 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   if args.print_config:
     print(command_line.format_config(run))
     return
+  profile_steps = profiling.parse_steps(args.profile_steps) if args.profile_steps is not None else None
   launch.initialize(args.coordinator_address, args.num_processes, args.process_id)
   try:
     if args.replay_step is not None:
       from openmoe_jax.replay import replay
       print(replay(run, args.replay_step))
     else:
-      train(run)
+      train(run, profile_steps)
   except (checkpoints.CheckpointError, TrainingError) as error:
     _fail(str(error))
   except Exception as error:
@@ -72,8 +75,11 @@ def _fail(message: str) -> None:
   sys.exit(1)
 
 
-def train(run: RunConfig) -> None:
+def train(run: RunConfig, profile_steps: Optional[Tuple[int, int]] = None) -> None:
   """Runs training from where model_dir stands to `run.train.train_steps`.
+
+  Args:
+    profile_steps: first and last step of which a profile is recorded.
 
   Raises:
     ConfigError: a mistake in the settings, before anything is compiled or written.
@@ -104,6 +110,7 @@ def train(run: RunConfig) -> None:
                       peak_flops(mesh.devices.flat[0].device_kind, mesh.size), show=primary)
   progress.say(f'model_dir {run.model_dir}; {launch.describe_devices(mesh)}; '
                f'{sum(x.size for x in jax.tree.leaves(template.params)):,} parameters')
+  profiler = profiling.StepProfiler(paths.path(run.model_dir) / profiling.FOLDER, profile_steps, progress.say)
   for note in notes:
     progress.say(f'changed since the last checkpoint: {note}')
 
@@ -121,7 +128,7 @@ def train(run: RunConfig) -> None:
     writers.begin(int(state.step))
     writers.text(int(state.step), {'config': command_line.format_config(run)})
     loop = TrainingLoop(run, train_step, streams, to_global, evaluator, writers, checkpointer, progress,
-                        suite and functools.partial(_evaluate_tasks, run, mesh, suite, progress.say))
+                        suite and functools.partial(_evaluate_tasks, run, mesh, suite, progress.say), profiler)
     try:
       state = loop.run(state, saved)
     except BaseException:

@@ -12,6 +12,7 @@ from openmoe_jax.checkpoints import Checkpointer
 from openmoe_jax.config import RunConfig
 from openmoe_jax.evaluation import Evaluator
 from openmoe_jax.metric_window import MetricWindow, not_finite
+from openmoe_jax.profiling import StepProfiler
 from openmoe_jax.progress import Progress
 from openmoe_jax.train_state import TrainState
 from openmoe_jax.writers import Writers
@@ -31,11 +32,13 @@ class TrainingLoop:
     to_global: host batch -> sharded global arrays.
     evaluator, writers, checkpointer, progress: where results go.
     tasks: (step, state) -> {task: figures}, called every `run.eval.period` steps and at the end; None: no tasks.
+    profiler: of some steps.
   """
 
   def __init__(self, run: RunConfig, train_step: Callable, streams: Any, to_global: Callable, evaluator: Evaluator,
                writers: Writers, checkpointer: Checkpointer, progress: Progress,
-               tasks: Optional[Callable[[int, Any], Mapping[str, Mapping[str, float]]]] = None):
+               tasks: Optional[Callable[[int, Any], Mapping[str, Mapping[str, float]]]] = None,
+               profiler: Optional[StepProfiler] = None):
     self._run = run
     self._train_step = train_step
     self._streams = streams
@@ -45,6 +48,7 @@ class TrainingLoop:
     self._checkpointer = checkpointer
     self._progress = progress
     self._tasks = tasks
+    self._profiler = profiler or StepProfiler('', None)
     self._window = MetricWindow()
     self._evaluated = -1  # the last step after which there was an evaluation
     self._tasks_done = -1  # the same of tasks
@@ -95,6 +99,7 @@ class TrainingLoop:
     while step < end:
       batch = self._to_global(next(self._streams))  # on its way to the devices while they compute the step before
       name = batch_hash(batch)
+      self._profiler.before(step + 1)
       state, metrics = self._train_step(state, batch)
       step += 1
       if under_way:  # the metrics of one step are fetched while the next one is computed
@@ -104,10 +109,12 @@ class TrainingLoop:
       evaluate = self._due(self._run.train.eval_period, step)
       evaluate_tasks = self._tasks_due(step)
       save = self._due(self._run.checkpoint.period, step)
-      if not (evaluate or evaluate_tasks or save or stopping or step == end or first):
+      profiled = self._profiler.due(step)
+      if not (evaluate or evaluate_tasks or save or stopping or step == end or first or profiled):
         continue
       self._account(*under_way)
       under_way = None
+      self._profiler.after(step)
       if first:
         self._progress.say(f'first step: {time.monotonic() - first:.1f} s with compilation')
         first = 0.
@@ -119,8 +126,9 @@ class TrainingLoop:
         self._evaluate_tasks(step, state)
       if save and not self._window.skipped_in_a_row:  # the last checkpoint before trouble is not rotated away by it
         self._save(step, state)
-      if evaluate or evaluate_tasks or save:
+      if evaluate or evaluate_tasks or save or profiled:
         self._progress.clock.pause()
+    self._profiler.stop()
     return state, step
 
   def _due(self, period: int, step: int) -> bool:

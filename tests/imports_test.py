@@ -21,7 +21,7 @@ LAYERS = (
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
-     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'batch_hash', 'progress', 'sampling',
+     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'batch_hash', 'progress', 'profiling', 'sampling',
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
      'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing', 'recording'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',

@@ -204,6 +204,7 @@ def layers_figure(found: Ablations):
     axis.axvline(0, color='#52606d', linewidth=.8)
     axis.set_title(f'layer {layer}', fontsize=10)
     axis.set_xlabel('change of loss (nats per target)')
+    axis.locator_params(axis='x', nbins=5)
   axes[0, 0].set_yticks(range(len(kinds)), [TITLES[kind] for kind in kinds])
   axes[0, 0].invert_yaxis()
   axes[0, -1].legend(fontsize=7, loc='best')
