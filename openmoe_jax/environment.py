@@ -11,7 +11,9 @@ import os
 import platform
 import sys
 from importlib import metadata
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+from openmoe_jax import cluster_environment
 
 # distribution, module to import, needed (True: nothing works without it), what it is for
 PACKAGES = (
@@ -68,13 +70,15 @@ def report() -> str:
   """The environment in words: versions, devices and hosts, then every problem with the command that repairs it."""
   packages = [inspect_package(*row, ranges=declared_ranges()) for row in PACKAGES]
   devices, device_problems = _devices()
-  problems = _python_problems() + _package_problems(packages) + ownership_problems() + device_problems
+  cluster, cluster_problems = cluster_lines()
+  problems = (_python_problems() + _package_problems(packages) + ownership_problems() + device_problems +
+              cluster_problems)
   lines = [f'python {platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}, '
            f'{os.cpu_count()} CPUs', _own_version(), '', 'Packages']
   for package in packages:
     state = package.version or ('MISSING' if package.needed else 'not installed')
     lines.append(f'  {package.name:<20} {state:<14} {package.note or package.purpose}')
-  lines += ['', 'Devices', *(f'  {line}' for line in devices), '']
+  lines += ['', 'Devices', *(f'  {line}' for line in devices), '', 'Other processes', *(f'  {line}' for line in cluster), '']
   if problems:
     lines.append(f'{len(problems)} problem{"s" * (len(problems) > 1)}')
     for problem in problems:
@@ -219,6 +223,13 @@ def _devices() -> Tuple[List[str], List[str]]:
         problems.append(f'this machine has {what} ({present[0]}), but jax sees the CPU only.\nrepair:\n'
                         f"{_pip()} install 'openmoe_jax[{extra}]'")
   return lines, problems
+
+
+def cluster_lines(env: Mapping[str, str] = os.environ) -> Tuple[List[str], List[str]]:
+  """The variables that make a process one of several, and what is wrong with them."""
+  lines = [f'{name} = {value!r}' for name, value in cluster_environment.variables(env).items()]
+  return (lines or ['no variable of JAX, SLURM, Open MPI or a TPU slice is set: one process'],
+          cluster_environment.problems(env))
 
 
 def _own_version() -> str:

@@ -17,7 +17,7 @@ LONGEST = 500
 # layer as long as that makes no circle.
 LAYERS = (
     ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
-     'tensorflow_setup', 'environment', 'launch'),
+     'tensorflow_setup', 'cluster_environment', 'environment', 'launch'),
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
