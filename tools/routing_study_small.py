@@ -54,7 +54,7 @@ def parser() -> command_line.Parser:
   flags = command_line.Parser(configured=False, prog='routing_study_small', description=__doc__)
   flags.add_argument('--model_dir', default='runs/demo', help='of the demo (%(default)s)')
   flags.add_argument('--output', metavar='DIR', help='default: routing_study in the model_dir')
-  flags.add_argument('--tokens', type=int, default=16384, help='positions of each kind of text (%(default)s)')
+  flags.add_argument('--tokens', type=int, default=8192, help='positions of each kind of text (%(default)s)')
   flags.add_argument('--mixture', metavar='NAME[,NAME]', help="tasks or mixtures; default: the run's own, and "
                      'programming languages, natural languages and parts of sources that this machine has')
   return flags
