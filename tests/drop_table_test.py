@@ -52,6 +52,8 @@ def test_counts_and_costs(recording, tmp_path):
   headline, = (f for f in json.loads((tmp_path / 'findings.json').read_text())['findings'] if f['headline'])
   total = sum(counted(recording, 'none', domain)[0] for domain in chosen.all_domains)
   assert headline['statement'].startswith(f'The dropless router (policy none) drops 0 of {total:,} choices; against it')
+  dearest = max((found[policy, domain].cost.value, policy, domain) for policy in POLICIES[1:] for domain in chosen.all_domains)
+  assert headline['statement'].endswith('to {0:+.4f} on {2} under {1}).'.format(*dearest))
   assert (headline['value'], headline['low'], headline['high']) == (0, 0, 0)
   rows = list(csv.DictReader((tmp_path / 'figures' / 'drops_by_domain.csv').open()))
   assert [(row['policy'], row['domain']) for row in rows[:4]] == [

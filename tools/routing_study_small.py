@@ -21,8 +21,9 @@ from openmoe_jax.progress import duration
 
 POLICIES = ('none', 't5x_train', 't5x_eval', 'colossalai')
 # Kinds of text beside the demo's own (tasks/domains.py): programming languages, natural languages, parts of sources.
+# part_docstrings is left out: it is the demo's prose.
 OTHERS = ('language_cpp', 'language_javascript', 'language_markdown', 'manual_de', 'manual_ja', 'part_comments',
-          'part_docstrings')
+          'part_headings')
 _PREFIX = 'demo_'
 
 

@@ -43,11 +43,11 @@ def add(report: Report, chosen: Selection) -> None:
       report.finding('loss_of_drops', 'drops', f'On {domain}, dropping by {policy} costs {nats(line.cost)} nats of loss '
                      'per token.', line.cost, 'nats per token', chance=0., policy=policy, domain=domain, **where)
   dropless = found[_DROPLESS, None]
-  costs = [f'{nats(found[policy, None].cost)} under {policy}' for policy in chosen.drop_policies]
+  costs = [f'by {nats(found[policy, None].cost)} under {policy}' for policy in chosen.drop_policies]
   report.finding(
       'dropless', 'drops', f'The dropless router (policy none) drops {dropless.dropped:,} of {dropless.choices:,} choices; '
-      f'against it the loss is higher by {", ".join(costs)} nats per token, over all data sets.', dropless.along.mean,
-      policy=_DROPLESS, headline=True, **where)
+      f'against it dropping changes the loss, in nats per token, {", ".join(costs)}{_extremes(found)}.',
+      dropless.along.mean, policy=_DROPLESS, headline=True, **where)
   ends = ('low', 'high')
   report.table(
       'drops_by_domain', '', 'drops', 'Dropped choices and loss by policy and data set',
@@ -59,6 +59,13 @@ def add(report: Report, chosen: Selection) -> None:
       [(policy, domain or 'all', line.choices, line.dropped, *line.along.mean, line.along.curve.value[0],
         line.along.curve.value[-1], *line.along.slope, line.loss, *(line.cost or ('', '', '')))
        for (policy, domain), line in found.items()])
+
+
+def _extremes(found: Dict) -> str:
+  """The data sets on which dropping changes the loss most: ' (from .. on .. to .. on ..)'."""
+  costs = sorted((line.cost.value, policy, domain) for (policy, domain), line in found.items() if domain and line.cost)
+  return f' ({" to ".join(f"{cost:+.4f} on {domain} under {policy}" for cost, policy, domain in (costs[0], costs[-1]))})' if (
+      costs) else ''
 
 
 def lines(chosen: Selection) -> Dict:
