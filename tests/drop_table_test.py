@@ -58,6 +58,8 @@ def test_counts_and_costs(recording, tmp_path):
   rows = list(csv.DictReader((tmp_path / 'figures' / 'drops_by_domain.csv').open()))
   assert [(row['policy'], row['domain']) for row in rows[:4]] == [
       ('none', 'all'), ('none', 'demo_code_full_lm'), ('none', 'demo_prose_full_lm'), ('t5x_train', 'all')]
+  cost = found['t5x_train', None].cost
+  assert [float(rows[3][name]) for name in ('cost', 'cost_low', 'cost_high')] == pytest.approx(list(cost), rel=1e-5)
 
 
 def test_it_needs_the_dropless_router(recording, tmp_path):

@@ -48,14 +48,15 @@ def add(report: Report, chosen: Selection) -> None:
       'dropless', 'drops', f'The dropless router (policy none) drops {dropless.dropped:,} of {dropless.choices:,} choices; '
       f'against it dropping changes the loss, in nats per token, {", ".join(costs)}{_extremes(found)}.',
       dropless.along.mean, policy=_DROPLESS, headline=True, **where)
-  ends = ('low', 'high')
+  interval = lambda name: (name, f'{name}_low', f'{name}_high')
   report.table(
       'drops_by_domain', '', 'drops', 'Dropped choices and loss by policy and data set',
       f'Step {chosen.last}, mean of the sparse layers. "first", "last": in the first and the last eighth of the row; '
       '"slope": from its first position to its last; "cost": loss in nats per token minus that of the same tokens when '
       'nobody is dropped. Low and high: 95 % bootstrap intervals over blocks of rows. Policies: '
       f'{"; ".join(f"{policy}: {describe(chosen, policy)}" for policy in chosen.drop_policies)}.',
-      ['policy', 'domain', 'choices', 'dropped', 'share', *ends, 'first', 'last', 'slope', *ends, 'loss', 'cost', *ends],
+      ['policy', 'domain', 'choices', 'dropped', *interval('share'), 'first', 'last', *interval('slope'), 'loss',
+       *interval('cost')],
       [(policy, domain or 'all', line.choices, line.dropped, *line.along.mean, line.along.curve.value[0],
         line.along.curve.value[-1], *line.along.slope, line.loss, *(line.cost or ('', '', '')))
        for (policy, domain), line in found.items()])
@@ -63,9 +64,9 @@ def add(report: Report, chosen: Selection) -> None:
 
 def _extremes(found: Dict) -> str:
   """The data sets on which dropping changes the loss most: ' (from .. on .. to .. on ..)'."""
-  costs = sorted((line.cost.value, policy, domain) for (policy, domain), line in found.items() if domain and line.cost)
-  return f' ({" to ".join(f"{cost:+.4f} on {domain} under {policy}" for cost, policy, domain in (costs[0], costs[-1]))})' if (
-      costs) else ''
+  costs = [(line.cost.value, f'{line.cost.value:+.4f} on {domain} under {policy}')
+           for (policy, domain), line in found.items() if domain and line.cost]
+  return f' (from {min(costs)[1]} to {max(costs)[1]})' if costs else ''
 
 
 def lines(chosen: Selection) -> Dict:
