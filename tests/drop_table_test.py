@@ -17,8 +17,8 @@ POLICIES = ('none', 't5x_train', 'colossalai_train')
 
 def counted(folder, policy, domain):
   """Choices and dropped choices of the last step's files."""
-  tables = [parquet.read_table(file) for file in sorted((folder / f'step=100/policy={policy}/domain={domain}').iterdir())
-            if file.suffix == '.parquet']
+  files = sorted((folder / f'step=100/policy={policy}/domain={domain}').glob('*.parquet'))
+  tables = [parquet.read_table(file) for file in files]
   kept = np.concatenate([table[f'kept_{rank}'].to_numpy(zero_copy_only=False) for table in tables for rank in (0, 1)])
   return len(kept), int((~kept).sum())
 
@@ -52,7 +52,8 @@ def test_counts_and_costs(recording, tmp_path):
   headline, = (f for f in json.loads((tmp_path / 'findings.json').read_text())['findings'] if f['headline'])
   total = sum(counted(recording, 'none', domain)[0] for domain in chosen.all_domains)
   assert headline['statement'].startswith(f'The dropless router (policy none) drops 0 of {total:,} choices; against it')
-  dearest = max((found[policy, domain].cost.value, policy, domain) for policy in POLICIES[1:] for domain in chosen.all_domains)
+  dearest = max((found[policy, domain].cost.value, policy, domain) for policy in POLICIES[1:]
+                for domain in chosen.all_domains)
   assert headline['statement'].endswith('to {0:+.4f} on {2} under {1}).'.format(*dearest))
   assert (headline['value'], headline['low'], headline['high']) == (0, 0, 0)
   rows = list(csv.DictReader((tmp_path / 'figures' / 'drops_by_domain.csv').open()))

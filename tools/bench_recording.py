@@ -4,8 +4,8 @@
 
 Evaluation is what the trainer and openmoe-eval do: loss and metrics of each batch, under the same policy. Recording is a
 pass that also gives every choice, tables of them, and compressed files. Reading the data is in neither. The figures are
-medians of the pairs' ratios with their least and largest; CPU-seconds of the whole process are the steadier ones on shared
-machines.
+medians of the pairs' ratios with their least and largest; CPU-seconds of the whole process are the steadier ones on
+shared machines.
 """
 
 import os
@@ -23,6 +23,8 @@ from openmoe_jax import data as data_lib
 from openmoe_jax.config import require
 from openmoe_jax.recording import collect, files, policies, tables
 from openmoe_jax.train_step import make_eval_step
+
+_PART_TOKENS = 131072  # as openmoe-analyze record
 
 
 class Cost(NamedTuple):
@@ -69,14 +71,17 @@ def measure(model: Any, policy: str, batches: Sequence[Dict[str, np.ndarray]], p
   config = policies.configure(model.config, policy)
   together = policies.POLICIES[policy].rows_together
   step = make_eval_step(config)
-  parts = [part for batch in batches for _, part in collect.parts_of(batch, together or len(batch['decoder_input_tokens']))]
+  rows = together or len(batches[0]['decoder_input_tokens'])
+  parts = [part for batch in batches for _, part in collect.parts_of(batch, rows)]
 
   def evaluate() -> None:
     for part in parts:
       jax.device_get(step(model.variables, part))
 
+  key = files.Key(0, policy, 'bench')
+
   def record(folder: str) -> None:
-    writer = files.KeyWriter(folder, files.Key(0, policy, 'bench'), tables.sparse_layers(config), 131072)
+    writer = files.KeyWriter(folder, key, tables.sparse_layers(config), _PART_TOKENS)
     for number, batch in enumerate(batches):
       collect.record_batch(model, config, policies.POLICIES[policy], number, batch, writer)
     writer.finish({})
@@ -84,14 +89,15 @@ def measure(model: Any, policy: str, batches: Sequence[Dict[str, np.ndarray]], p
   with tempfile.TemporaryDirectory() as scratch:
     evaluate()
     record(os.path.join(scratch, 'first'))
-    size = sum(file.stat().length for file in files.part_files(paths.path(scratch) / 'first' / files.Key(0, policy, 'bench'
-                                                                                                     ).folder()))
+    written = files.part_files(paths.path(scratch) / 'first' / key.folder())
+    size = sum(file.stat().length for file in written)
     costs: Dict[str, List[Cost]] = {'evaluate': [], 'record': []}
     for pair in range(pairs):
       turns = [('evaluate', evaluate), ('record', lambda: record(os.path.join(scratch, f'{policy}{pair}')))]
       for name, function in turns if pair % 2 else reversed(turns):
         costs[name].append(_timed(function))
-  return Figures(costs['evaluate'], costs['record'], size, sum(int((b['decoder_target_tokens'] > 0).sum()) for b in batches))
+  tokens = sum(int((batch['decoder_target_tokens'] > 0).sum()) for batch in batches)
+  return Figures(costs['evaluate'], costs['record'], size, tokens)
 
 
 def _timed(function: Callable[[], None]) -> Cost:
@@ -107,8 +113,7 @@ def table(found: Dict[str, Figures]) -> List[str]:
            '|---|---|---|---|---|---|']
   for policy, figures in found.items():
     medians = [statistics.median(cost.cpu for cost in own) for own in figures[:2]]
-    more = [_more([getattr(cost, kind) for cost in figures.evaluation], [getattr(cost, kind) for cost in figures.recording])
-            for kind in ('cpu', 'wall')]
+    more = [_more(*([getattr(cost, kind) for cost in own] for own in figures[:2])) for kind in ('cpu', 'wall')]
     lines.append(f'| {policy} | {medians[0]:.2f} | {medians[1]:.2f} | {more[0]} | {more[1]} | '
                  f'{figures.size / figures.tokens:.0f} |')
   return lines

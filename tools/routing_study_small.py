@@ -6,7 +6,8 @@
    dropped, over the demo's own code and prose and over text of other kinds that this machine has;
 2. draws all figures and tables, and writes findings and the report.
 
-Both commands are printed before they run. What is recorded already is used again, so the same command goes on after a stop.
+Both commands are printed before they run. What is recorded already is used again, so the same command goes on after a
+stop.
 """
 
 import json
@@ -36,8 +37,8 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   args = parser().parse_args(argv)
   require(args.tokens >= 1, f'--tokens={args.tokens} must be at least 1')
   model_dir = paths.path(args.model_dir)
-  require(bool(paths.entries(model_dir / CHECKPOINTS)), f'--model_dir={args.model_dir} holds no checkpoint of the demo: '
-          '`make demo` trains it, in a few minutes')
+  require(bool(paths.entries(model_dir / CHECKPOINTS)), f'--model_dir={args.model_dir} holds no checkpoint of the '
+          'demo: `make demo` trains it, in a few minutes')
   begin = time.monotonic()
   output = paths.path(args.output or model_dir / 'routing_study')
   mixtures = args.mixture or ','.join(default_mixtures(loading.read_run(model_dir), args.model_dir))
@@ -65,8 +66,8 @@ def default_mixtures(run: Mapping[str, Any], model_dir: str) -> List[str]:
   """The run's own mixture, and tasks of other kinds of text with its objective."""
   from openmoe_jax.tasks import domains
   own = run['data']['mixture_or_task']
-  require(own.startswith(_PREFIX), f'--model_dir={model_dir} was trained on {own!r}, which is none of the mixtures demo_*; '
-          'give --mixture=NAME,NAME')
+  require(own.startswith(_PREFIX), f'--model_dir={model_dir} was trained on {own!r}, which is none of the mixtures '
+          'demo_*; give --mixture=NAME,NAME')
   others = [name for name in OTHERS if name in domains.available(name)]
   return [own, *(f'{name}_{own.removeprefix(_PREFIX)}' for name in others)]
 

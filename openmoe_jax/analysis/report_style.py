@@ -1,4 +1,4 @@
-"""The style sheet of reports in HTML: one column, light and dark, for a phone, a screen and paper. It names no other file."""
+"""The style sheet of reports in HTML: one column, light and dark, for a phone, a screen and paper; it loads nothing."""
 
 CSS = '''
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #52606d; --page: #fff; --card: #f4f6f8; --line: #d5dbe1;
@@ -20,7 +20,8 @@ dt { color: var(--soft); }
 dd { margin: 0; }
 ul.findings { list-style: none; margin: 0; padding: 0; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-ul.findings li { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px; padding: .6rem .8rem; }
+ul.findings li { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px;
+  padding: .6rem .8rem; }
 ul.findings p { margin: 0 0 .3rem; }
 figure { margin: 1.5rem 0; }
 .wide { overflow-x: auto; }

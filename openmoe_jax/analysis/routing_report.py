@@ -58,7 +58,8 @@ def write(folder: paths.PathLike) -> str:
 
 
 def _read(file: Any) -> Dict[str, Any]:
-  require(file.exists(), f'{file.parent} holds no figures: there is no {file.name}; `openmoe-analyze figures` writes it')
+  require(file.exists(), f'{file.parent} holds no figures: there is no {file.name}; `openmoe-analyze figures` writes '
+          'it')
   try:
     found = json.loads(file.read_text())
   except ValueError as error:
@@ -120,8 +121,10 @@ def _version(about: Mapping[str, Any]) -> str:
 
 
 def _about(about: Mapping[str, Any]) -> List[str]:
-  order = [name for name in dict.fromkeys([*_ABOUT, *about]) if name != 'version' and about.get(name) not in (None, [], '')]
-  rows = [*((name.replace('_', ' '), plain(about[name])) for name in order), ('version', f'openmoe_jax {_version(about)}')]
+  names = [name for name in dict.fromkeys([*_ABOUT, *about])
+           if name != 'version' and about.get(name) not in (None, [], '')]
+  rows = [(name.replace('_', ' '), plain(about[name])) for name in names]
+  rows.append(('version', f'openmoe_jax {_version(about)}'))
   return ['<dl>', *(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in rows), '</dl>']
 
 
@@ -227,7 +230,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = 
     caption = f'{caption} The first {len(shown):,} of {len(rows):,} rows; {file} has all.'.strip()
   # A column of tokens may hold '1e5' or 'nan' too: only where all are numbers they are shown as such.
   numeric = [all(_NUMBER.fullmatch(row[i]) for row in rows if i < len(row)) for i in range(len(columns))]
-  head = ''.join(f'<th{" class=number" * own}>{_text(name.replace("_", " "))}</th>' for name, own in zip(columns, numeric))
+  head = ''.join(f'<th{" class=number" * own}>{_text(name.replace("_", " "))}</th>'
+                 for name, own in zip(columns, numeric))
   body = [f'<tr>{"".join(_cell(value, own) for value, own in zip(row, numeric))}</tr>' for row in shown]
   return ['<div class="wide" tabindex="0">', '<table>', *([f'<caption>{_text(caption)}</caption>'] if caption else []),
           f'<thead><tr>{head}</tr></thead>', '<tbody>', *body, '</tbody>', '</table>', '</div>']

@@ -34,19 +34,19 @@ class Line(NamedTuple):
 
 def add(report: Report, chosen: Selection) -> None:
   """The table, and its findings."""
-  require(_DROPLESS in chosen.policies and len(chosen.policies) > 1, f'{chosen.folder} lacks the policy none, or others '
-          'to compare it with; record with --policy=none,t5x_train,t5x_eval,colossalai')
+  require(_DROPLESS in chosen.policies and len(chosen.policies) > 1, f'{chosen.folder} lacks the policy none, or '
+          'others to compare it with; record with --policy=none,t5x_train,t5x_eval,colossalai')
   found = lines(chosen)
   where = {'step': chosen.last}
   for (policy, domain), line in found.items():
     if policy != _DROPLESS and domain:
-      report.finding('loss_of_drops', 'drops', f'On {domain}, dropping by {policy} costs {nats(line.cost)} nats of loss '
-                     'per token.', line.cost, 'nats per token', chance=0., policy=policy, domain=domain, **where)
+      report.finding('loss_of_drops', 'drops', f'On {domain}, dropping by {policy} costs {nats(line.cost)} nats of '
+                     'loss per token.', line.cost, 'nats per token', chance=0., policy=policy, domain=domain, **where)
   dropless = found[_DROPLESS, None]
   costs = [f'by {nats(found[policy, None].cost)} under {policy}' for policy in chosen.drop_policies]
   report.finding(
-      'dropless', 'drops', f'The dropless router (policy none) drops {dropless.dropped:,} of {dropless.choices:,} choices; '
-      f'against it dropping changes the loss, in nats per token, {", ".join(costs)}{_extremes(found)}.',
+      'dropless', 'drops', f'The dropless router (policy none) drops {dropless.dropped:,} of {dropless.choices:,} '
+      f'choices; against it dropping changes the loss, in nats per token, {", ".join(costs)}{_extremes(found)}.',
       dropless.along.mean, policy=_DROPLESS, headline=True, **where)
   interval = lambda name: (name, f'{name}_low', f'{name}_high')
   report.table(
