@@ -74,12 +74,12 @@ def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> L
            ('eviction', eviction.add),
            ('tables', functools.partial(tables.top_tokens, piece=piece))]
   if args.vocabulary is not None:
-    from openmoe_jax.tools import compare_tokenizers
+    from openmoe_jax.analysis import token_counts
     first = chosen.recording.about['vocabulary']['path']
-    both = dict(zip(compare_tokenizers.distinct_names(first, args.vocabulary),
+    both = dict(zip(token_counts.distinct_names(first, args.vocabulary),
                     (tokenizer, pieces.processor(args.vocabulary))))
     require(len(both) == 2, f'--vocabulary={args.vocabulary!r} is that of the recording; give another one')
-    found.append(('vocabularies', functools.partial(tables.vocabularies, tokenizers=both, count=compare_tokenizers.count)))
+    found.append(('vocabularies', functools.partial(tables.vocabularies, tokenizers=both, count=token_counts.count)))
   return found
 
 

@@ -335,7 +335,7 @@ def test_main_gives_one_line_for_a_checkpoint_that_cannot_be_written(tmp_path, c
   gone = FileNotFoundError(2, 'No such file or directory', str(tmp_path / 'run' / 'metrics.jsonl'))
   for error, part in ((CheckpointError('checkpoint of step 3 could not be written'), 'of step 3'), (full, 'Make room'),
                       (OSError(28, 'No space left on device'), 'Make room'), (gone, 'moved or removed')):
-    def fail(run, error=error):
+    def fail(*unused_args, error=error):
       raise error
     monkeypatch.setattr(train_lib, 'train', fail)
     with pytest.raises(SystemExit) as end:

@@ -11,30 +11,17 @@ the standard library's code and prose. Prints a table, and with --output also wr
 import itertools
 import json
 import os
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 from rich.console import Console
 from rich.progress import Progress
 
 from openmoe_jax import command_line, vocabulary
+from openmoe_jax.analysis.token_counts import Counts, count, distinct_names
 from openmoe_jax.config import require
 from openmoe_jax.tools.train_vocab import read_texts
 
 _COLOURS = ('#1f6fb4', '#d1495b')
-
-
-class Counts(NamedTuple):
-  """Attributes:
-    characters, utf8_bytes: size of the texts.
-    tokens: they become.
-    used: different ids among them, the bytes of byte fallback included.
-    byte_pieces: tokens that are single bytes, or unknown: text that the vocabulary has no piece for.
-  """
-  characters: int
-  utf8_bytes: int
-  tokens: int
-  used: int
-  byte_pieces: int
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -79,16 +66,6 @@ def load(path: str) -> Any:
     vocabulary.configure()
 
 
-def distinct_names(first: str, second: str) -> List[str]:
-  """Short names of two paths that tell them apart."""
-  parts = [[part for part in path.rstrip('/').split('/') if part] or ['package'] for path in (first, second)]
-  names = [own[-1] for own in parts]
-  for depth in range(2, max(map(len, parts)) + 1):
-    if names[0] == names[1]:
-      names = ['/'.join(own[-depth:]) for own in parts]
-  return names
-
-
 def _groups(arguments: Sequence[str]) -> Mapping[str, Iterable[str]]:
   """{name: texts}, read when they are iterated."""
   groups: Dict[str, Iterable[str]] = {}
@@ -103,24 +80,6 @@ def _groups(arguments: Sequence[str]) -> Mapping[str, Iterable[str]]:
     for kind in standard_library.KINDS:
       groups[kind] = (document.text for document in standard_library.documents(kind, 'train'))
   return groups
-
-
-def count(texts: Iterable[str], models: Sequence[Any]) -> List[Counts]:
-  """Counts of every model on the same texts."""
-  characters = utf8_bytes = 0
-  tokens, odd = [0] * len(models), [0] * len(models)
-  used: List[Set[int]] = [set() for _ in models]
-  without_text = [{i for i in range(model.get_piece_size()) if model.is_byte(i) or model.is_unknown(i)}
-                  for model in models]
-  for text in texts:
-    characters += len(text)
-    utf8_bytes += len(text.encode())
-    for i, model in enumerate(models):
-      ids = model.encode(text)
-      tokens[i] += len(ids)
-      used[i].update(ids)
-      odd[i] += sum(map(without_text[i].__contains__, ids))
-  return [Counts(characters, utf8_bytes, tokens[i], len(used[i]), odd[i]) for i in range(len(models))]
 
 
 def table(counts: Mapping[str, Sequence[Counts]], names: Sequence[str]) -> List[str]:
