@@ -1,0 +1,1 @@
+"""Training on slices of Cloud TPUs: `python -m openmoe_jax.tools.tpu`, described in docs/tpu.md."""
