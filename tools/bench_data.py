@@ -11,7 +11,6 @@ Last comes how many cores a chip needs that trains at --tokens_per_second_per_ch
 
 import json
 import os
-import resource
 import statistics
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from openmoe_jax import command_line, data as data_lib, mixtures, vocabulary
 from openmoe_jax.config import DataConfig, require
 from openmoe_jax.tensorflow_setup import import_tensorflow
+from openmoe_jax.tools.bench_timing import cpu_seconds
 
 OBJECTIVES = ('full_lm', 'ul2', 'ul2_corrected')
 TOKENIZERS = ('sentencepiece alone', 'tokenization in tf.data')
@@ -147,11 +147,6 @@ def tokenizers() -> List[Callable[[], Turn]]:
 
   return [lambda: timed(lambda: sum(len(chosen.tokenizer.encode(text)) for text in texts)),
           lambda: timed(lambda: sum(map(int, dataset.as_numpy_iterator())))]
-
-
-def cpu_seconds() -> float:
-  usage = resource.getrusage(resource.RUSAGE_SELF)
-  return usage.ru_utime + usage.ru_stime
 
 
 def settle(patience: float = 5.) -> None:

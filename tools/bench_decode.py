@@ -24,7 +24,8 @@ from openmoe_jax import decoding
 from openmoe_jax.analysis.parameters import count_parameters
 from openmoe_jax.command_line import run_main
 from openmoe_jax.config import require
-from openmoe_jax.tools.bench_train_step import CONFIG, cpu_seconds
+from openmoe_jax.tools.bench_timing import cpu_seconds
+from openmoe_jax.tools.bench_train_step import CONFIG
 from openmoe_jax.train_state import init_params
 
 EXPERTS = ('eager', 'batched_mm', 'grouped_mm')

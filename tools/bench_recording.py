@@ -9,7 +9,6 @@ shared machines.
 """
 
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from openmoe_jax import command_line, loading, paths
 from openmoe_jax import data as data_lib
 from openmoe_jax.config import require
 from openmoe_jax.recording import collect, files, policies, tables
+from openmoe_jax.tools.bench_timing import cpu_seconds
 from openmoe_jax.train_step import make_eval_step
 
 _PART_TOKENS = 131072  # as openmoe-analyze record
@@ -101,10 +101,9 @@ def measure(model: Any, policy: str, batches: Sequence[Dict[str, np.ndarray]], p
 
 
 def _timed(function: Callable[[], None]) -> Cost:
-  wall, usage = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+  wall, cpu = time.perf_counter(), cpu_seconds()
   function()
-  after = resource.getrusage(resource.RUSAGE_SELF)
-  return Cost(time.perf_counter() - wall, after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime)
+  return Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
 
 
 def table(found: Dict[str, Figures]) -> List[str]:

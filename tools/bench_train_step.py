@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +22,13 @@ import numpy as np
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.optimizers import adafactor
+from openmoe_jax.tools.bench_timing import Timer
 from openmoe_jax.train_state import init_params, init_train_state
 from openmoe_jax.train_step import make_train_step
 
 CONFIG = ModelConfig(vocab_size=32128, emb_dim=256, mlp_dim=1024, num_heads=8, head_dim=32, num_layers=8,
                      moe_interval=4, num_experts=16, group_size=4096, dtype='float32', scan_blocks=False)
 MATMUL = 2048
-
-
-def cpu_seconds() -> float:
-  usage = resource.getrusage(resource.RUSAGE_SELF)
-  return usage.ru_utime + usage.ru_stime
-
-
-class Timer:
-  """Wall and CPU-seconds of calls that block on their results."""
-
-  def __init__(self):
-    self.wall, self.cpu = [], []
-
-  def __call__(self, function, *args):
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    out = jax.block_until_ready(function(*args))
-    self.wall.append(time.perf_counter() - wall)
-    self.cpu.append(cpu_seconds() - cpu)
-    return out
 
 
 def make_batch(config: ModelConfig, rows: int, length: int) -> dict:

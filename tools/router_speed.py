@@ -15,7 +15,7 @@ from openmoe_jax import data as data_lib, paths
 from openmoe_jax.analysis import flops
 from openmoe_jax.config import RunConfig
 from openmoe_jax.optimizers import make_optimizer
-from openmoe_jax.tools.bench_train_step import cpu_seconds
+from openmoe_jax.tools.bench_timing import cpu_seconds
 from openmoe_jax.tools.router_variants import VARIANTS, model_of
 from openmoe_jax.train_state import init_params, init_train_state
 from openmoe_jax.train_step import make_train_step

@@ -31,7 +31,7 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.optimizers import make_optimizer
 from openmoe_jax.routers.groups import group_tokens
 from openmoe_jax.tools import router_speed
-from openmoe_jax.tools.bench_train_step import cpu_seconds
+from openmoe_jax.tools.bench_timing import cpu_seconds
 from openmoe_jax.tools.freeze_router import make_table
 from openmoe_jax.tools.router_variants import BASELINE, DOMAINS, Settings, Texts, VARIANTS, model_of
 from openmoe_jax.train_state import TrainState, init_params, init_train_state
