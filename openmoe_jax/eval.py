@@ -170,7 +170,7 @@ def _report(store: Any, model: Any, record: Mapping[str, Any]) -> None:
 def _files(store: Any, run: Mapping[str, Any]) -> List[str]:
   """The results in one file, and the pictures; returns their paths."""
   import json
-  from openmoe_jax.analysis import score_plots
+  from openmoe_jax.analysis import plots, score_plots
   from openmoe_jax.analysis.parameters import count_parameters
   from openmoe_jax.task_eval.published import PublishedModel
   records = store.all()
@@ -178,13 +178,13 @@ def _files(store: Any, run: Mapping[str, Any]) -> List[str]:
   files = [str(store.folder / name) for name in ('results.json', 'results.md')]
   steps = score_plots.steps_figure(records)
   if steps is not None:
-    files.append(score_plots.write(steps, store.folder / score_plots.STEPS_FILE))
+    files += plots.write_figure(steps, store.folder / score_plots.STEPS_FILE)
   counts = count_parameters(config_lib.from_dict(config_lib.ModelConfig, run['model']))
   own = [PublishedModel(f'step {record["step"]:,}', record['figures']['normalised'], counts.active_without_embeddings,
                         counts.total, record['tokens'])
          for record in records if record['task'] == 'bigbench_lite' and record['tokens']]
   if own:
-    files.append(score_plots.write(score_plots.cost_figure(own), store.folder / score_plots.COST_FILE))
+    files += plots.write_figure(score_plots.cost_figure(own), store.folder / score_plots.COST_FILE)
   return files
 
 

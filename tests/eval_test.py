@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from openmoe_jax import checkpoints, decoding, eval as eval_lib, evaluation as validation, loading, vocabulary
-from openmoe_jax.analysis import score_plots
+from openmoe_jax.analysis import plots, score_plots
 from openmoe_jax.bigbench import lite
 from openmoe_jax.config import ConfigError, DataConfig, EvalConfig, MeshConfig
 from openmoe_jax.model import OpenMoE
@@ -324,7 +324,7 @@ def test_pictures(tmp_path):
   assert {text.get_text() for text in axes.texts} >= {'BIG-G 8B', 'BIG-G-sparse 8B', 'GPT-3 6B', 'OpenMoE-8B', 'mine'}
   offsets = np.concatenate([c.get_offsets() for c in axes.collections])
   assert offsets[:, 0].min() == pytest.approx(1.)  # relative to the cheapest, which is ours here
-  assert score_plots.write(figure, tmp_path / 'a.png') and (tmp_path / 'a.png').stat().st_size > 10_000
+  assert plots.write_figure(figure, tmp_path / 'a.png') and (tmp_path / 'a.png').stat().st_size > 10_000
   assert score_plots.steps_figure([record('arc', {'accuracy': 1.})]) is None
   two = [record('arc', {'accuracy': float(s)}, step=s, tokens=None) for s in (3, 6)]
   assert score_plots.steps_figure(two).axes[0].get_xlabel() == 'steps'

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe_jax import command_line, data as data_lib, decoding, mt_bench, paths, scoring
-from openmoe_jax.analysis import drop_statistics, routing_statistics, score_plots, seeds as seeds_lib
+from openmoe_jax.analysis import drop_statistics, plots, routing_statistics, seeds as seeds_lib
 from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.bar import Bar
 from openmoe_jax.config import ModelConfig, RunConfig, require, to_dict
@@ -331,8 +331,10 @@ def write_report(output: paths.PathLike, results: Sequence[Result], speed: Seque
       'losses.png': seeds_lib.difference_figure(results, LOSSES, BASELINE, 'nats per token, minus the default'),
       'drops.png': seeds_lib.curve_figure(results, 'drop_by_position', 'Share of the choices dropped in training',
                                           'place in the row, from the first token to the last')}
-  return [str(folder / name) for name in texts] + [score_plots.write(figure, folder / name)
-                                                   for name, figure in pictures.items()]
+  written = [str(folder / name) for name in texts]
+  for name, figure in pictures.items():
+    written += plots.write_figure(figure, folder / name)
+  return written
 
 
 if __name__ == '__main__':

@@ -30,6 +30,16 @@ def styled_pyplot():
   return pyplot
 
 
+def write_figure(figure: Any, *files: paths.PathLike) -> List[str]:
+  """Writes a figure into files, in the formats that their names end with, and closes it; returns the paths."""
+  for file in files:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=str(file).rpartition('.')[2])
+    paths.write_bytes(file, stream.getvalue())
+  styled_pyplot().close(figure)
+  return [str(file) for file in files]
+
+
 def write_plots(model_dir: paths.PathLike, sparse_layers: Optional[Sequence[int]] = None) -> List[str]:
   """Writes loss.png and, for a sparse model, expert_load.png and routing.png into the run's folder; returns their paths.
 
@@ -41,13 +51,8 @@ def write_plots(model_dir: paths.PathLike, sparse_layers: Optional[Sequence[int]
   folder, written = paths.path(model_dir), []
   figures = loss_figure(records), load_figure(records, sparse_layers), routing_figure(records, sparse_layers)
   for name, figure in zip(FILES, figures):
-    if figure is None:
-      continue
-    stream = io.BytesIO()
-    figure.savefig(stream, format='png')
-    styled_pyplot().close(figure)
-    (folder / name).write_bytes(stream.getvalue())
-    written.append(str(folder / name))
+    if figure is not None:
+      written += write_figure(figure, folder / name)
   return written
 
 

@@ -1,6 +1,5 @@
 """A radar picture: several models' scores, one axis a category."""
 
-import io
 import math
 from typing import Mapping
 
@@ -57,8 +56,4 @@ def radar_figure(scores: Mapping[str, Mapping[str, float]], highest: float = 10.
 
 def write_radar(file: paths.PathLike, scores: Mapping[str, Mapping[str, float]], **options) -> None:
   """Writes `radar_figure` as a PNG file."""
-  figure = radar_figure(scores, **options)
-  stream = io.BytesIO()
-  figure.savefig(stream, format='png')
-  plots.styled_pyplot().close(figure)
-  paths.path(file).write_bytes(stream.getvalue())
+  plots.write_figure(radar_figure(scores, **options), file)

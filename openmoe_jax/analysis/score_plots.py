@@ -1,24 +1,13 @@
 """Pictures of evaluation results: the paper's figure 3 with a model of one's own, and scores over training."""
 
-import io
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from openmoe_jax import paths
 from openmoe_jax.analysis.plots import COLOURS, tokens_unit, styled_pyplot
 from openmoe_jax.task_eval.published import FIGURE_3, PublishedModel
 from openmoe_jax.task_eval.tables import main_figure
 
 COST_FILE, STEPS_FILE = 'score_over_cost.png', 'scores_over_tokens.png'
 _POINTS_PER_BILLION = 45.  # area of a dot
-
-
-def write(figure: Any, file: paths.PathLike) -> str:
-  """Writes a figure as a PNG and closes it; returns the path."""
-  stream = io.BytesIO()
-  figure.savefig(stream, format='png')
-  styled_pyplot().close(figure)
-  paths.path(file).write_bytes(stream.getvalue())
-  return str(file)
 
 
 def cost_figure(own: Sequence[PublishedModel] = ()) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 import numpy as np
 
 from openmoe_jax import paths
-from openmoe_jax.analysis.plots import COLOURS, styled_pyplot
+from openmoe_jax.analysis.plots import COLOURS, styled_pyplot, write_figure
 from openmoe_jax.analysis.surgery import EXPERT_KINDS, LAYER_KINDS, Ablations
 
 TITLES = {'zero': 'its output zero', 'next': 'the next best in its place', 'no_experts': 'no experts',
@@ -120,12 +120,7 @@ def write(found: Ablations, stem: paths.PathLike) -> List[str]:
   written = [f'{stem}.json', f'{stem}.csv']
   for name, figure in (('experts', experts_figure(found)), ('layers', layers_figure(found))):
     if figure is not None:
-      for form in ('png', 'svg'):
-        stream = io.BytesIO()
-        figure.savefig(stream, format=form)
-        paths.write_bytes(f'{stem}_{name}.{form}', stream.getvalue())
-        written.append(f'{stem}_{name}.{form}')
-      styled_pyplot().close(figure)
+      written += write_figure(figure, f'{stem}_{name}.png', f'{stem}_{name}.svg')
   return written
 
 
