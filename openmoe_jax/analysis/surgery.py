@@ -173,8 +173,8 @@ def ablate(model: Any, data: collect.Settings, kinds: Sequence[str] = (), expert
   collect.check(data)
   config = policies.configure(model.config, 'none')
   ablations = plan(config, kinds, experts, layers)
-  settings = collect.data_settings(model.run, data)
-  batches = {domain: list(data_lib.eval_batches(settings, domain)) for domain in collect.tasks(settings, data.mixtures)}
+  tasks = collect.tasks(collect.data_settings(model.run, data), data)
+  batches = {domain: list(data_lib.eval_batches(own, domain)) for domain, own in tasks.items()}
   for domain, own in batches.items():
     rows = sum(int(_weights(batch).any(axis=1).sum()) for batch in own)
     require(rows >= 8, f'{domain} has {rows} rows with targets, at least 8 are needed for an interval; give more --tokens, '
