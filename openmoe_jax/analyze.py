@@ -19,6 +19,7 @@ import functools
 from typing import Any, Iterator, Optional, Sequence
 
 from openmoe_jax import analyze_figures, checkpoint_flags, command_line
+from openmoe_jax.command_line import names
 from openmoe_jax.config import RunConfig, from_dict, require
 
 
@@ -45,24 +46,29 @@ def parser() -> command_line.Parser:
   _add_ablate(commands)
   checkpoint_flags.add_flags(record, capacity_mode=False)
   group = record.add_argument_group('what is recorded')
-  group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
+  _add_data_flags(group, tokens=65536)
   group.add_argument('--output', required=True, metavar='DIR', help='local or gs://')
   group.add_argument('--policy', default='none', metavar='NAME[,NAME]', help='who may be dropped: none (default), '
                      't5x_train, t5x_eval, colossalai, colossalai_train')
-  group.add_argument('--tokens', type=int, default=65536, help='positions of each task; default 65536')
-  group.add_argument('--split', default='validation', metavar='NAME[,NAME]', help='of the tasks, of several the first '
-                     'that each mixture has; default validation')
-  group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
   group.add_argument('--all_checkpoints', action='store_true', help='every step in the model_dir')
   group.add_argument('--initialization', action='store_true', help='also the parameters before training, which the '
                      "run's seed gives, as step 0")
   group.add_argument('--part_tokens', type=int, default=131072, help='tokens of a file; default 131072')
-  group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
-  group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
   report = commands.add_parser('report', description='Writes report.html, one file with all findings and figures.')
   report.set_defaults(run=_report)
   report.add_argument('folder', metavar='DIR', help='what `openmoe-analyze figures` wrote; local or gs://')
   return flags
+
+
+def _add_data_flags(group: Any, tokens: int) -> None:
+  """The flags that say which text a checkpoint is looked at with; `tokens` is the default of --tokens."""
+  group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
+  group.add_argument('--tokens', type=int, default=tokens, help='positions of each task; default %(default)s')
+  group.add_argument('--split', default='validation', metavar='NAME[,NAME]', help='of the tasks, of several the first '
+                     'that each mixture has; default validation')
+  group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
+  group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
+  group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -73,7 +79,7 @@ def _report(args: argparse.Namespace) -> None:
 def _record(args: argparse.Namespace) -> None:
   from openmoe_jax import loading
   from openmoe_jax.recording import collect
-  settings = collect.Settings(_names(args.mixture), _names(args.policy), args.tokens, args.split, args.length,
+  settings = collect.Settings(names(args.mixture), names(args.policy), args.tokens, args.split, args.length,
                               args.batch_size, args.part_tokens)
   collect.check(settings)
   for model in _models(args):
@@ -87,7 +93,7 @@ def _set_data(args: argparse.Namespace, model: Any) -> None:
   data = dict(model.run['data'])
   if args.tfds_data_dir is not None:
     data['tfds_data_dir'] = args.tfds_data_dir
-  data['module_imports'] = [*data['module_imports'], *_names(args.module_imports or '')]
+  data['module_imports'] = [*data['module_imports'], *names(args.module_imports or '')]
   model.run = {**model.run, 'data': data}
 
 
@@ -98,7 +104,7 @@ def _add_ablate(commands: Any) -> None:
   ablate.set_defaults(run=_ablate)
   checkpoint_flags.add_flags(ablate, capacity_mode=False)
   group = ablate.add_argument_group('what is ablated, and on what')
-  group.add_argument('--mixture', required=True, metavar='NAME[,NAME]', help='tasks or mixtures; each task is a domain')
+  _add_data_flags(group, tokens=8192)
   group.add_argument('--output', required=True, metavar='FILE', help='FILE.json, FILE.csv, pictures, and FILE.npz, from '
                      'which the same command goes on; local or gs://')
   group.add_argument('--ablations', default='', metavar='KIND[,KIND]', help='zero, next (of experts), no_experts, random, '
@@ -106,25 +112,20 @@ def _add_ablate(commands: Any) -> None:
   group.add_argument('--experts', default='', metavar='LAYER:EXPERT[,..]', help='default: all of the layers')
   group.add_argument('--layers', default='', metavar='LAYER[,LAYER]', help='numbers of sparse layers; default: all, or with '
                      '--experts none')
-  group.add_argument('--tokens', type=int, default=8192, help='positions of each task; default 8192')
-  group.add_argument('--split', default='validation', help='of the tasks; default validation')
-  group.add_argument('--length', type=int, default=0, help='positions of a row; default: as in training')
-  group.add_argument('--tfds_data_dir', metavar='DIR', help='where TFDS data sets lie')
-  group.add_argument('--module_imports', metavar='MODULE[,MODULE]', help='modules that register tasks')
 
 
 def _ablate(args: argparse.Namespace) -> None:
   from openmoe_jax.analysis import surgery, surgery_report
   from openmoe_jax.recording import collect
-  data = collect.Settings(_names(args.mixture), tokens=args.tokens, split=args.split, length=args.length,
+  data = collect.Settings(names(args.mixture), tokens=args.tokens, split=args.split, length=args.length,
                           batch_size=args.batch_size)
   collect.check(data)
-  experts = [tuple(_integers('--experts', pair, ':', 2)) for pair in _names(args.experts)]
+  experts = [tuple(_integers('--experts', pair, ':', 2)) for pair in names(args.experts)]
   layers = _integers('--layers', args.layers, ',') if args.layers else []
   stem = args.output.removesuffix('.json')
   model = checkpoint_flags.load_model(args)
   _set_data(args, model)
-  found = surgery.ablate(model, data, _names(args.ablations), experts, layers, f'{stem}.npz')
+  found = surgery.ablate(model, data, names(args.ablations), experts, layers, f'{stem}.npz')
   print('\n'.join([*surgery_report.summary(found), *(f'wrote {file}' for file in surgery_report.write(found, stem))]))
 
 
@@ -134,10 +135,6 @@ def _integers(flag: str, text: str, separator: str, count: int = 0) -> Sequence[
   require(all(part.strip().isdigit() for part in parts) and len(parts) == (count or len(parts)), f'{flag}: {text!r} must '
           f'be {count or ""} numbers with {separator!r} between them'.replace('  ', ' '))
   return [int(part) for part in parts]
-
-
-def _names(text: str) -> Sequence[str]:
-  return [name.strip() for name in text.split(',') if name.strip()]
 
 
 def _models(args: argparse.Namespace) -> Iterator[Any]:

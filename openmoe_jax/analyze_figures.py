@@ -5,6 +5,7 @@ import functools
 from typing import Any, Callable, List, Sequence, Tuple
 
 from openmoe_jax.bar import Bar
+from openmoe_jax.command_line import names
 from openmoe_jax.config import ConfigError, require
 
 _DESCRIPTION = """Draws figures 5 to 14 and tables 9, 10 and 15 of the paper from recorded routing, and writes its findings as
@@ -88,11 +89,6 @@ def wanted(args: argparse.Namespace) -> Any:
   from openmoe_jax.analysis.figures import selection
   groups = [own._replace(patterns=names(getattr(args, own.name)) or own.patterns) for own in selection.GROUPS]
   return selection.Wanted(numbers('--layers', args.layers), numbers('--steps', args.steps), names(args.policies), groups)
-
-
-def names(text: str) -> Sequence[str]:
-  """'a, b' -> ['a', 'b']."""
-  return [name.strip() for name in text.split(',') if name.strip()]
 
 
 def numbers(flag: str, text: str) -> Sequence[int]:

@@ -123,6 +123,11 @@ def literal(value: Any) -> str:
   return repr(tuple(value)) if isinstance(value, list) else repr(value)
 
 
+def names(text: str) -> List[str]:
+  """The value of a flag that takes several: 'a, b' -> ['a', 'b']."""
+  return [name.strip() for name in text.split(',') if name.strip()]
+
+
 def run_main(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[Sequence[str]] = None) -> Any:
   """Calls `main(argv)`; a `ConfigError` ends the process with one line on stderr and exit status 2, Ctrl-C with 130."""
   try:

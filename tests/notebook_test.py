@@ -23,10 +23,10 @@ def test_the_code_cells_run(tmp_path, monkeypatch):
   names, shown = {}, []
   for source in sources():
     tree = ast.parse(source)
-    last = tree.body.pop()
-    exec(compile(tree, str(NOTEBOOK), 'exec'), names)  # pylint: disable=exec-used
-    if isinstance(last, ast.Expr):  # what a cell ends with is shown
-      shown.append(eval(compile(ast.Expression(last.value), str(NOTEBOOK), 'eval'), names))  # pylint: disable=eval-used
+    if isinstance(tree.body[-1], ast.Expr):  # what a cell ends with is shown
+      tree.body[-1] = ast.Assign([ast.Name('shown_by_cell', ast.Store())], tree.body[-1].value)
+    exec(compile(ast.fix_missing_locations(tree), str(NOTEBOOK), 'exec'), names)  # pylint: disable=exec-used
+    shown.append(names.pop('shown_by_cell', None))
   tables = [table for table in shown if isinstance(table, (pandas.DataFrame, pandas.Series))]
   assert len(tables) == 5 and all(len(table) and table.notna().all(axis=None) for table in tables)
 

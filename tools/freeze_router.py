@@ -26,7 +26,7 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.optimizers import make_optimizer
 from openmoe_jax.partitioning import make_mesh
 from openmoe_jax.routers import frozen
-from openmoe_jax.routers.groups import group_tokens
+from openmoe_jax.routers.groups import group_tokens, ungroup
 from openmoe_jax.train import born_sharded
 from openmoe_jax.train_state import TrainState
 from openmoe_jax.writers import sparse_layers
@@ -156,7 +156,7 @@ def _routing(model: ModelConfig, params: Any, batch: Any):
 def _ungrouped(model: ModelConfig, x: jax.Array, rows: int, length: int) -> jax.Array:
   """[layers, G, T, ..] as it was cut into groups -> [layers, rows * length, ..] without the padding."""
   grouping = group_tokens(model, rows, length, train=False)
-  x = x.reshape(x.shape[0], grouping.batch, grouping.length, *x.shape[3:])[:, :rows, :length]
+  x = ungroup(x, grouping, rows, length)
   return x.reshape(x.shape[0], rows * length, *x.shape[3:])
 
 

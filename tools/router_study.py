@@ -29,7 +29,7 @@ from openmoe_jax.bar import Bar
 from openmoe_jax.config import ModelConfig, RunConfig, require, to_dict
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.optimizers import make_optimizer
-from openmoe_jax.routers.groups import group_tokens
+from openmoe_jax.routers.groups import group_tokens, ungroup
 from openmoe_jax.tools import router_speed
 from openmoe_jax.tools.bench_timing import cpu_seconds
 from openmoe_jax.tools.freeze_router import make_table
@@ -78,7 +78,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
   """Checked flags; raises `ConfigError`."""
-  names = [name for name in args.variants.split(',') if name]
+  names = command_line.names(args.variants)
   for name in names:
     require(name in VARIANTS, f'--variants: {name!r} is not known; valid: {", ".join(VARIANTS)}')
   numbers = [seed.strip() for seed in args.seeds.split(',')]
@@ -92,7 +92,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
   if args.mt_bench:
     mt_bench.read_questions(args.mt_bench)
   return Settings(tuple(names), tuple(map(int, numbers)), args.steps, warmup,
-                  tuple(name for name in args.domains.split(',') if name), args.batches, args.mt_bench or '',
+                  tuple(command_line.names(args.domains)), args.batches, args.mt_bench or '',
                   args.speed_rounds)
 
 
@@ -147,10 +147,8 @@ def _forward(config: ModelConfig, train: bool, variables: Any, batch: Any, key: 
     return log_probs, None, None, make_logit_mask(ids)
   grouping = group_tokens(config, rows, length, train)
 
-  def ungroup(x):
-    return x.reshape(x.shape[0], grouping.batch, grouping.length, x.shape[-1])[:, :rows, :length]
-
-  return log_probs, ungroup(record.assignment.expert_index), ungroup(record.assignment.kept), make_logit_mask(ids)
+  own = lambda x: ungroup(x, grouping, rows, length)
+  return log_probs, own(record.assignment.expert_index), own(record.assignment.kept), make_logit_mask(ids)
 
 
 class Study:

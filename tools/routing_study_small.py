@@ -16,6 +16,7 @@ import time
 from typing import Any, List, Mapping, Optional, Sequence
 
 from openmoe_jax import analyze, command_line, loading, paths
+from openmoe_jax.analysis.figures.report import FINDINGS
 from openmoe_jax.checkpoints import CHECKPOINTS
 from openmoe_jax.config import require
 from openmoe_jax.progress import duration
@@ -46,7 +47,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   _run(['record', str(model_dir), f'--mixture={mixtures}', '--split=validation,all', f'--policy={",".join(POLICIES)}',
         f'--tokens={args.tokens}', '--all_checkpoints', '--initialization', f'--output={recording}'])
   _run(['figures', recording, f'--output={figures}'])
-  findings = json.loads((output / 'figures' / 'findings.json').read_text())['findings']
+  findings = json.loads((output / 'figures' / FINDINGS).read_text())['findings']
   print('\n'.join(['', *(f'* {finding["statement"]}' for finding in findings if finding['headline']), '',
                    f'After {duration(time.monotonic() - begin)}: {figures}/report.html']))
 

@@ -14,10 +14,11 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import openmoe_jax
 from openmoe_jax import paths
+from openmoe_jax.analysis.figures.report import FIGURES, FINDINGS
 from openmoe_jax.analysis.report_style import CSS
 from openmoe_jax.config import ConfigError, require
 
-FIGURES, FINDINGS, REPORT = 'figures.json', 'findings.json', 'report.html'
+REPORT = 'report.html'
 # In the order of the report; `tables` comes last.
 SECTIONS = {
     'specialisation': 'Specialisation of experts',

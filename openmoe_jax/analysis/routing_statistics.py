@@ -12,6 +12,7 @@ from openmoe_jax.analysis.resampling import Estimate
 from openmoe_jax.config import require
 
 MIN_COUNT = 10  # tokens of a value: with fewer, what it says about the expert cannot be told from chance
+DEAD_LOAD = .1  # an expert with less than this part of its share counts as dead
 _LEAST_TOKENS = 500
 
 
@@ -239,7 +240,7 @@ def load(choices: np.ndarray, num_experts: int, rows: np.ndarray) -> Load:
   found = resampling.bootstrap(sums, lambda s: num_experts * s / s.sum(axis=-1, keepdims=True))
   share = found.value / num_experts
   balance = -np.sum(share * np.log(np.maximum(share, 1e-300))) / np.log(num_experts) if num_experts > 1 else 1.
-  return Load(found, [int(e) for e in np.flatnonzero(found.value < .1)], float(balance))
+  return Load(found, [int(e) for e in np.flatnonzero(found.value < DEAD_LOAD)], float(balance))
 
 
 def shares(variable: np.ndarray, choices: np.ndarray, num_experts: int, min_count: int = 1) -> Dict[int, np.ndarray]:

@@ -27,6 +27,7 @@ from openmoe_jax.progress import short_number
 from openmoe_jax.recording import collect, policies, tables
 from openmoe_jax.recording.forward import FEATURES
 from openmoe_jax.routers import frozen, surgery
+from openmoe_jax.train_step import target_weights
 
 # Of an expert: its output is zero, and nothing else changes; or it may not be chosen, and the next best takes its place.
 EXPERT_KINDS = ('zero', 'next')
@@ -276,10 +277,12 @@ class _Operation:
     config = self._config
     self._totals = (np.zeros((config.num_sparse_layers, config.vocab_size, config.num_experts), np.float32),
                     np.zeros(config.vocab_size, np.float32))
+    counts = []  # of each batch, tokens by id
     for domain, own in self._batches.items():
       for i in range(len(own)):
-        self._totals = tuple(total + x for total, x in zip(self._totals, self._counts(domain, i)))
-    counts = [self._counts(domain, i)[1] for domain, own in self._batches.items() for i in range(len(own))]
+        found = self._counts(domain, i)
+        self._totals = tuple(total + x for total, x in zip(self._totals, found))
+        counts.append(found[1])
     unseen = sum(float(own[own == self._totals[1]].sum()) for own in counts)
     self.unseen = unseen / float(self._totals[1].sum())
 
@@ -321,9 +324,7 @@ def _count(config: ModelConfig, params: Any, batch: Mapping[str, jax.Array]):
 
 
 def _weights(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-  """[B, L], as `train_step.target_weights`."""
-  targets = np.asarray(batch['decoder_target_tokens']) > 0
-  return np.asarray(batch.get('decoder_loss_weights', targets), np.float32)
+  return np.asarray(target_weights(batch))
 
 
 class _Store:

@@ -15,7 +15,7 @@ assert {*_BACKENDS, 'auto', 'dropless'} == set(DISPATCH_BACKENDS)
 
 
 def automatic() -> str:
-  """What 'auto' stands for on the mesh in force; docs/scaling.md says why.
+  """What 'auto' stands for on the mesh in force.
 
   `sort` where all experts are on one device: the fastest measured on a CPU, and of the least arithmetic and memory
   anywhere. `all_to_all` where they are not: it sends slots, and nothing else.

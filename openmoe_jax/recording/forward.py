@@ -12,7 +12,7 @@ from openmoe_jax import decoding, scoring
 from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.model import OpenMoE, variables
-from openmoe_jax.routers.groups import Grouping, group_tokens
+from openmoe_jax.routers.groups import Grouping, group_tokens, ungroup
 from openmoe_jax.routers.slots import queue_positions
 
 
@@ -76,13 +76,10 @@ def _run(config: ModelConfig, params: Any, batch: Mapping[str, jax.Array]):
   assignment = record.assignment
   grouping = group_tokens(config, rows, length, train=False)
 
-  def ungroup(x):
-    x = x.reshape(config.num_sparse_layers, grouping.batch, grouping.length, x.shape[-1])
-    return x[:, :rows, :length]
-
+  own = lambda x: ungroup(x, grouping, rows, length)
   token_slot = jax.vmap(functools.partial(in_token_order, num_experts=config.num_experts))(assignment.expert_index)
-  return (ungroup(assignment.expert_index).astype(jnp.int16), ungroup(assignment.gate), ungroup(assignment.slot),
-          ungroup(assignment.kept), ungroup(token_slot), make_logit_mask(tokens),
+  return (own(assignment.expert_index).astype(jnp.int16), own(assignment.gate), own(assignment.slot),
+          own(assignment.kept), own(token_slot), make_logit_mask(tokens),
           jnp.where(targets > 0, log_probs, jnp.nan))
 
 

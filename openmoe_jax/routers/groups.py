@@ -1,7 +1,7 @@
 """Padding, groups and expert capacity: how a batch of tokens is cut up before routing (SPEC 2.1 to 2.3, 9 a-b)."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openmoe_jax.config import ModelConfig
 
@@ -19,6 +19,11 @@ class Grouping(NamedTuple):
   num_groups: int
   group_size: int
   capacity: int
+
+
+def ungroup(x: Any, grouping: Grouping, rows: int, length: int) -> Any:
+  """[layers, G, T, ..], cut into groups, as [layers, rows, length, ..], without the padding of the grouping."""
+  return x.reshape(x.shape[0], grouping.batch, grouping.length, *x.shape[3:])[:, :rows, :length]
 
 
 def _pad_rows_or_columns(batch: int, length: int, multiple: int) -> tuple:

@@ -1,1 +1,1 @@
-"""Training on slices of Cloud TPUs: `python -m openmoe_jax.tools.tpu`, described in docs/tpu.md."""
+"""Training on slices of Cloud TPUs: `python -m openmoe_jax.tools.tpu`."""

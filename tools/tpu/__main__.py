@@ -7,7 +7,7 @@
   python -m openmoe_jax.tools.tpu resume NAME --keep      # makes the slice again whenever it is taken away
   python -m openmoe_jax.tools.tpu status|stop|delete NAME
 
-With --dry_run every command is printed and none is run. Needs gcloud, with a project and a login. docs/tpu.md has more.
+With --dry_run every command is printed and none is run. Needs gcloud, with a project and a login.
 """
 
 import functools

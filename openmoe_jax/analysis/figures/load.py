@@ -9,9 +9,7 @@ from openmoe_jax.analysis.figures import draw, draw_lines
 from openmoe_jax.analysis.figures.report import Report
 from openmoe_jax.analysis.figures.selection import Selection
 from openmoe_jax.analysis.resampling import Estimate
-from openmoe_jax.analysis.routing_statistics import Load
-
-DEAD = .1  # of the equal share, as in `routing_statistics.load`
+from openmoe_jax.analysis.routing_statistics import DEAD_LOAD, Load
 
 
 def add(report: Report, chosen: Selection) -> None:
@@ -31,7 +29,7 @@ def add(report: Report, chosen: Selection) -> None:
 
 def _dead(own: Load) -> Estimate:
   """How many are dead; the interval counts those that are so at every end of their own intervals, or at one."""
-  count = lambda values: float(np.sum(values < DEAD))
+  count = lambda values: float(np.sum(values < DEAD_LOAD))
   return Estimate(count(own.load.value), count(own.load.high), count(own.load.low))
 
 
@@ -58,7 +56,7 @@ def _draw_load(report: Report, chosen: Selection, found: Mapping[Tuple[int, int]
   report.figure(
       'load_over_training', '', 'load', 'Load of the experts over training',
       'Choices that each expert gets at each checkpoint, first and second together, over an equal share: white is balanced, '
-      f'dark blue is dying (dead below {DEAD:g}x).',
+      f'dark blue is dying (dead below {DEAD_LOAD:g}x).',
       lambda: draw.share_maps(panels, 'Load of the experts over training', 'step'),
       ['layer', 'step', 'expert', 'load', 'low', 'high', 'dead'],
       [(layer, step, int(e), *(part[int(e)] for part in own.load), int(int(e) in own.dead))
@@ -80,7 +78,7 @@ def _draw_balance(report: Report, chosen: Selection, found: Mapping[Tuple[int, i
   report.figure(
       'load_extremes', '', 'load', 'The busiest and the idlest expert over training',
       'Load of the busiest and of the idlest expert of each layer over an equal share, with 95 % bootstrap intervals. An '
-      f'expert below {DEAD:g} is counted as dead.',
+      f'expert below {DEAD_LOAD:g} is counted as dead.',
       lambda: draw_lines.curves([draw_lines.Panel('busiest expert', [*busiest, even]),
                          draw_lines.Panel('idlest expert', [*idlest, even])],
                         'The busiest and the idlest expert over training', 'training step', 'x equal share', percent=False,
