@@ -234,17 +234,23 @@ def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
   panels, lines = [], []
   for layer in chosen.layers:
     tokens = chosen.read(layer, ['expert', 'token_id'])
-    shares = relative_shares(tokens['token_id'], tokens['expert'], chosen.experts)
+    shares = routing_statistics.shares(tokens['token_id'], tokens['expert'], chosen.experts)
     counts = {i: int(np.sum(tokens['token_id'] == i)) for i in ids}
     panels.append(draw.Map(f'layer {layer}', np.stack([shares[i] for i in ids]), [settings.piece(i) for i in ids]))
     lines += [(chosen.last, layer, i, settings.piece(i), counts[i], e, share) for i in ids
               for e, share in enumerate(shares[i])]
   report.figure(
       'fig10_token_ids', 'figure 10', 'context', 'Experts by token id',
-      f'Which experts the same token chooses wherever it stands, step {chosen.last}; white is an equal share. A row with a '
-      'few dark cells is a token that goes to the same experts whatever is around it.',
-      lambda: draw.share_maps(panels, f'Experts by token id, step {chosen.last}', 'token', UNIT),
-      ['step', 'layer', 'token_id', 'token', 'tokens', 'expert', 'relative_share'], lines)
+      f'Which experts the same token chooses wherever it stands, step {chosen.last}; an equal share is '
+      f'{100 / chosen.experts:.3g} %. A row with {chosen.choices} dark cells is a token that goes to the same experts '
+      'whatever is around it. ␣ is a space, ⏎ the end of a line.',
+      lambda: token_maps(panels, f'Experts by token id, step {chosen.last}', 'token', chosen.choices),
+      ['step', 'layer', 'token_id', 'token', 'tokens', 'expert', 'share'], lines)
+
+
+def token_maps(panels: Sequence[draw.Map], title: str, row_name: str, choices: int) -> Any:
+  """Heat maps of shares of choices, of which an expert can have one in `choices` at the most; white is none."""
+  return draw.maps(panels, title, row_name, 'expert', 'share of choices', (0., 1 / choices), 'YlGnBu')
 
 
 def deviation(variable: np.ndarray, expert: np.ndarray, experts: int, least: int) -> Dict[int, float]:
@@ -264,8 +270,8 @@ def _deviations(report: Report, chosen: Selection) -> None:
       found[name] = (own, chance)
       lines[name] += [(chosen.last, layer, value, own[value], chance[value]) for value in own]
     own, chance = found['position']
-    x = np.asarray(list(own))
-    as_curve = lambda name, y, dashed: draw_lines.Curve(name, x, Estimate(*(np.asarray(list(y.values())),) * 3), dashed)
+    x = np.asarray([position for position in own if position > 0])  # 0 is always the start id
+    as_curve = lambda name, y, dashed: draw_lines.Curve(name, x, Estimate(*(np.asarray([y[i] for i in x]),) * 3), dashed)
     by_position.append(draw_lines.Panel(f'layer {layer}', [as_curve('by position', own, False),
                                                            as_curve('positions shuffled', chance, True)]))
     own, chance = found['token_id']
@@ -284,7 +290,7 @@ def _deviations(report: Report, chosen: Selection) -> None:
       'fig13_position_deviation', 'figure 13', 'context', 'How uneven the experts of a position are',
       'Standard deviation, from expert to expert, of the share of choices at each position. Dashed: with positions shuffled, '
       'which is what the load of the experts and the number of tokens give. Lines that lie together mean that positions '
-      'have no experts of their own.',
+      'have no experts of their own. Position 0, always the start id, is left out.',
       lambda: draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}', 'position in the row',
                         'standard deviation of share'),
       ['step', 'layer', 'position', 'standard_deviation', 'shuffled'], lines['position'])

@@ -80,12 +80,12 @@ def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x 
   return figure
 
 
-def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float],
+def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float], colour_map: str = 'viridis',
          columns: Optional[Sequence[Any]] = None, numbers: bool = False, square: bool = False) -> Any:
-  """Heat maps from dark to light between two limits; with `numbers` each cell says what it holds, in percent."""
+  """Heat maps between two limits; with `numbers` each cell says what it holds, in percent."""
   from matplotlib import colors
   norm = colors.Normalize(*limits)
-  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'viridis', square, lambda x: x)
+  figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, colour_map, square, lambda x: x)
   if numbers:
     for axis, panel in zip(axes, panels):
       for (i, j), value in np.ndenumerate(panel.values):
@@ -107,7 +107,7 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, squar
   width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
   if square:  # rows are what columns are
     width = min(width, 3.4)
-  height = width * .82 if square else max(rows * .2, .9)
+  height = width * .82 if square else max(rows * .2, 1.15)
   figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, height + .55), title)
   palette = matplotlib.colormaps[colour_map].with_extremes(bad='#e5e8ec')
   for axis, panel in zip(axes, panels):

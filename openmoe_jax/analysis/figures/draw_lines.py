@@ -125,6 +125,7 @@ def dots(panels: Sequence[Tuple[str, Sequence[Dots]]], categories: Sequence[Any]
     axis.set_xlim(-.6, len(categories) - .4)
     axis.grid(axis='x', visible=False)
     axis.set_title(text(name))
+    axis.axhline(0., color=GREY, linewidth=.8)
   low, high = axes[0].get_ylim()
   axes[0].set_ylim(min(low, 0.) if low > -.1 * high else low, top * scale if top else high)
   outer_labels(axes, columns, x, y + (' (%)' if percent else ''))

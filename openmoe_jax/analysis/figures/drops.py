@@ -140,7 +140,8 @@ def _draw_domains(report: Report, chosen: Selection, policy: str, found: Mapping
         f'Share of the choices that find their expert full, by position in the row; step {chosen.last}, policy {policy}: '
         f'{describe(chosen, policy)}. Bands are 95 % bootstrap intervals over blocks of rows. Where a row is a group, later '
         'tokens must find fuller experts; where it is cut into groups, or shares one with other rows, they need not.',
-        lambda: draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
+        lambda: draw_lines.curves(panels, f'Dropped choices along the row by {group.what}: {policy}', 'position in the row',
+                                  'dropped choices', least_top=.05),
         ['policy', 'step', 'layer', 'domain', 'position', 'dropped', 'low', 'high'],
         [line for layer in chosen.layers for d in domains
          for line in _lines((policy, chosen.last, layer, d), found[policy, layer].domains[d])])

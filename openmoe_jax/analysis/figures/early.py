@@ -6,10 +6,9 @@ import numpy as np
 
 from openmoe_jax.analysis import resampling, routing_statistics
 from openmoe_jax.analysis.figures import draw, draw_lines
-from openmoe_jax.analysis.figures.context import Settings, shown_ids
+from openmoe_jax.analysis.figures.context import Settings, shown_ids, token_maps
 from openmoe_jax.analysis.figures.report import Report, mean_of, percent
 from openmoe_jax.analysis.figures.selection import Selection
-from openmoe_jax.analysis.figures.specialisation import UNIT, relative_shares
 from openmoe_jax.analysis.routing_statistics import Agreement
 from openmoe_jax.config import require
 
@@ -153,16 +152,16 @@ def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
     shares = {}
     for step in chosen.steps:
       tokens = chosen.read(layer, ['expert', 'token_id'], step=step)
-      shares[step] = relative_shares(tokens['token_id'], tokens['expert'], chosen.experts)
+      shares[step] = routing_statistics.shares(tokens['token_id'], tokens['expert'], chosen.experts)
     panels: List[draw.Map] = []
     for i in ids:
       panels.append(draw.Map(settings.piece(i), np.stack([shares[step][i] for step in chosen.steps]),
                              [str(step) for step in chosen.steps]))
     report.figure(
         f'fig11_token_ids_over_training_layer{layer}', 'figure 11', 'early', f'Token ids over training, layer {layer}',
-        f'Which experts a token chooses at each checkpoint, in layer {layer}; white is an equal share. Columns that keep '
-        'their colour from early on are experts that were learned early.',
-        lambda: draw.share_maps(panels, f'Layer {layer}: experts of token ids over training', 'step', UNIT),
-        ['layer', 'step', 'token_id', 'token', 'expert', 'relative_share'],
+        f'Which experts a token chooses at each checkpoint, in layer {layer}; an equal share is '
+        f'{100 / chosen.experts:.3g} %. Columns that are dark from early on are experts that were learned early.',
+        lambda: token_maps(panels, f'Layer {layer}: experts of token ids over training', 'step', chosen.choices),
+        ['layer', 'step', 'token_id', 'token', 'expert', 'share'],
         [(layer, step, i, settings.piece(i), e, share) for i in ids for step in chosen.steps
          for e, share in enumerate(shares[step][i])])

@@ -4,7 +4,7 @@ from typing import Dict, Mapping, Tuple
 
 import numpy as np
 
-from openmoe_jax.analysis import routing_statistics
+from openmoe_jax.analysis import resampling, routing_statistics
 from openmoe_jax.analysis.figures import draw, draw_lines
 from openmoe_jax.analysis.figures.report import Report
 from openmoe_jax.analysis.figures.selection import Selection
@@ -101,7 +101,7 @@ def _draw_alike(report: Report, chosen: Selection) -> None:
     alike.append(draw.Map(f'layer {layer}', similarity, names))
     company.append(draw.Map(f'layer {layer}', pairs, names))
     lines += [(chosen.last, layer, i, j, value, pairs[i, j]) for (i, j), value in np.ndenumerate(similarity) if i < j]
-    _alike_finding(report, chosen, layer, similarity)
+    _alike_finding(report, chosen, layer, similarity, tokens)
   header = ['step', 'layer', 'expert', 'other_expert', 'similarity', 'together']
   report.figure(
       'expert_similarity', '', 'load', 'Experts that serve the same tokens',
@@ -119,12 +119,19 @@ def _draw_alike(report: Report, chosen: Selection) -> None:
         header, lines)
 
 
-def _alike_finding(report: Report, chosen: Selection, layer: int, similarity: np.ndarray) -> None:
-  upper = similarity[np.triu_indices(chosen.experts, 1)]
+def _alike_finding(report: Report, chosen: Selection, layer: int, similarity: np.ndarray,
+                   tokens: Mapping[str, np.ndarray]) -> None:
+  """Mean similarity of two experts, with the interval of the jackknife."""
+  expert, token_id = tokens['expert'], tokens['token_id']
+  pairs = np.triu_indices(chosen.experts, 1)
+  mean = lambda of: float(routing_statistics.similarity(expert[of], token_id[of], chosen.experts)[pairs].mean())
+  value = resampling.jackknife(float(similarity[pairs].mean()), lambda left_out: mean(~left_out),
+                               resampling.blocks_of(tokens['row']))
+  shuffled = np.random.default_rng(0).permutation(token_id)
+  chance = float(routing_statistics.similarity(expert, shuffled, chosen.experts)[pairs].mean())
   i, j = np.unravel_index(np.nanargmax(similarity), similarity.shape)
-  value = Estimate(float(upper.mean()), *(float(q) for q in np.quantile(upper, (.025, .975))))
   report.finding(
-      'expert_similarity', 'load', f'In layer {layer} two experts serve the same token ids with a cosine of '
-      f'{value.value:.2f} on average (95 % of the pairs between {value.low:.2f} and {value.high:.2f}); the most alike are '
-      f'{min(i, j)} and {max(i, j)} with {similarity[i, j]:.2f}.', value, 'cosine', layer=layer, step=chosen.last,
+      'expert_similarity', 'load', f'In layer {layer} two experts serve the same token ids with a cosine of {value} on '
+      f'average (with token ids shuffled {chance:.3f}); the most alike are {min(i, j)} and {max(i, j)} with '
+      f'{similarity[i, j]:.2f}.', value, 'cosine', chance=chance, layer=layer, step=chosen.last,
       policy=chosen.choice_policy)

@@ -43,7 +43,7 @@ def _figures(report, chosen, group, labels, found) -> None:
       f'Which experts the tokens of each {group.what} choose, first and second choices together, in every sparse layer at '
       f'step {chosen.last}. White is an equal share of 1/{chosen.experts}, red is more, blue is less. Rows that look alike '
       f'mean that experts do not divide the {what} among themselves.',
-      lambda: draw.share_maps(panels, f'Experts chosen by {group.what}, step {chosen.last}', group.what, UNIT),
+      lambda: draw.share_maps(panels, f'Experts chosen by {group.what}, step {chosen.last}', '', UNIT),
       header, [line for layer in found for line in lines(layer)])
   for layer, own in found.items():
     report.figure(
