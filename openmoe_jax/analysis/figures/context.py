@@ -250,7 +250,7 @@ def _tokens(report: Report, chosen: Selection, settings: Settings) -> None:
 
 def token_maps(panels: Sequence[draw.Map], title: str, row_name: str, choices: int) -> Any:
   """Heat maps of shares of choices, of which an expert can have one in `choices` at the most; white is none."""
-  return draw.maps(panels, title, row_name, 'expert', 'share of choices', (0., 1 / choices), 'YlGnBu')
+  return draw.maps(panels, title, row_name, 'expert', 'share of choices', (0., 1 / choices), colour_map='GnBu')
 
 
 def deviation(variable: np.ndarray, expert: np.ndarray, experts: int, least: int) -> Dict[int, float]:

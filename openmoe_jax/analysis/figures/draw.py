@@ -56,6 +56,13 @@ def heading(figure: Any, title: str) -> None:
   figure.suptitle(title, x=.01, ha='left', fontweight='bold', fontsize=11)
 
 
+def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+  """Below the panels, in lines of the same length; nothing for a single entry."""
+  if len(handles) > 1:
+    lines = -(-len(handles) // 7)
+    figure.legend(handles, labels, loc='outside lower center', ncols=-(-len(handles) // lines), frameon=False, fontsize=8)
+
+
 def text(value: Any) -> str:
   """Text that is shown as it is: no formulas between dollar signs."""
   return str(value).replace('$', r'\$')
@@ -71,8 +78,7 @@ def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x 
   norm = colors.LogNorm(vmin=1 / most, vmax=most)
   figure, axes, mesh = _maps(panels, title, row_name, column_name, columns, norm, 'RdBu_r', square,
                              lambda x: np.maximum(x, 1 / most / 4))
-  bar = figure.colorbar(mesh, ax=axes, shrink=min(1., 2.2 / figure.get_size_inches()[1] + .25), pad=.015, extend='both',
-                        aspect=25)
+  bar = _bar(figure, axes, mesh, extend='both')
   ticks = [t for t in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16) if 1 / most - 1e-9 <= t <= most + 1e-9]
   bar.set_ticks(ticks, labels=[f'{t:g}x' if t >= 1 else f'1/{1 / t:g}x' for t in ticks])
   bar.minorticks_off()
@@ -80,8 +86,9 @@ def share_maps(panels: Sequence[Map], title: str, row_name: str, unit: str = 'x 
   return figure
 
 
-def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float], colour_map: str = 'viridis',
-         columns: Optional[Sequence[Any]] = None, numbers: bool = False, square: bool = False) -> Any:
+def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, unit: str, limits: Tuple[float, float],
+         columns: Optional[Sequence[Any]] = None, numbers: bool = False, square: bool = False,
+         colour_map: str = 'viridis') -> Any:
   """Heat maps between two limits; with `numbers` each cell says what it holds, in percent."""
   from matplotlib import colors
   norm = colors.Normalize(*limits)
@@ -92,16 +99,22 @@ def maps(panels: Sequence[Map], title: str, row_name: str, column_name: str, uni
         if np.isfinite(value):
           axis.text(j, i, f'{100 * value:.0f}', ha='center', va='center', fontsize=7.5,
                     color='white' if norm(value) < .6 else 'black')
-  bar = figure.colorbar(mesh, ax=axes, shrink=min(1., 2.2 / figure.get_size_inches()[1] + .25), pad=.015, aspect=25)
+  bar = _bar(figure, axes, mesh)
   bar.set_label(unit)
   return figure
+
+
+def _bar(figure: Any, axes: Sequence[Any], mesh: Any, **options) -> Any:
+  """A colour bar at the upper right, of the same length in all figures."""
+  return figure.colorbar(mesh, ax=axes, shrink=min(1., 2.6 / figure.get_size_inches()[1]), pad=.015, aspect=25,
+                         anchor=(0., 1.), **options)
 
 
 def _maps(panels, title, row_name, column_name, columns, norm, colour_map, square, change):
   import matplotlib
   cells, rows = panels[0].values.shape[1], max(len(panel.rows) for panel in panels)
   labels = max(len(name) for panel in panels for name in panel.rows)
-  wide = max(cells * .17, 1.9) + min(labels, 24) * .06 + .5
+  wide = max(cells * (.17 if len(panels) <= 3 else .1), 1.9) + min(labels, 24) * .06 + .5 if not square else 2.8
   most = max(1, min(int((WIDTH - .8) / wide), len(panels), 4))
   side_by_side = min(range(max(most - 1, 1), most + 1), key=lambda n: (-len(panels) % n, -n))  # few empty places
   width = min((WIDTH - .8) / side_by_side, max(wide * 1.6, 3.4))
@@ -111,10 +124,9 @@ def _maps(panels, title, row_name, column_name, columns, norm, colour_map, squar
   figure, axes = grid(len(panels), side_by_side, (width + .8 / side_by_side, height + .55), title)
   palette = matplotlib.colormaps[colour_map].with_extremes(bad='#e5e8ec')
   for axis, panel in zip(axes, panels):
-    lines = .5 if max(cells, len(panel.rows)) <= 40 else 0.  # white, between cells
     mesh = axis.pcolormesh(np.arange(cells + 1) - .5, np.arange(len(panel.rows) + 1) - .5,
-                           change(np.ma.masked_invalid(panel.values)), norm=norm, cmap=palette, edgecolors='white',
-                           linewidth=lines)
+                           change(np.ma.masked_invalid(panel.values)), norm=norm, cmap=palette,
+                           edgecolors='white' if cells <= 16 else 'face', linewidth=.5 if cells <= 16 else .1)
     axis.invert_yaxis()
     axis.grid(False)
     axis.spines[:].set_visible(False)
@@ -138,29 +150,32 @@ def outer_labels(axes: Sequence[Any], columns: int, x: str, y: str) -> None:
 
 
 def radars(panels: Sequence[Tuple[str, np.ndarray]], title: str, unit: str) -> Any:
-  """A radar for each panel (title, values [experts]): spokes are experts, the dark ring is 1."""
+  """A radar for each panel (title, values [experts]): spokes are experts, the dashed ring is 1.
+
+  Drawn on plain axes: matplotlib's polar ones take ten times as long.
+  """
   count = len(panels[0][1])
   most = max(1.6, max(float(values.max()) for _, values in panels))
   columns = min(len(panels), 4 if len(panels) != 5 else 3)
-  figure, axes = grid(len(panels), columns, (WIDTH / max(columns, 3), 2.75), title, subplot_kw={'polar': True})
+  figure, axes = grid(len(panels), columns, (WIDTH / max(columns, 3), 2.6), title)
   angles = np.arange(count) * 2 * math.pi / count
-  closed = np.append(angles, angles[0])
-  circle = np.linspace(0, 2 * math.pi, 200)
+  at = lambda radius, angle: (radius * np.sin(angle), radius * np.cos(angle))  # the first expert at the top, clockwise
+  closed, circle = np.append(angles, 0.), np.linspace(0, 2 * math.pi, 120)
+  rings = [t for t in ((1, 2, 4, 6, 8) if most > 3 else (.5, 1, 1.5, 2, 2.5)) if t <= most]
   for i, (axis, (name, values)) in enumerate(zip(axes, panels)):
-    colour = COLOURS[i % (len(COLOURS) - 1)]
-    axis.set_theta_offset(math.pi / 2)
-    axis.set_theta_direction(-1)
-    axis.fill(closed, np.append(values, values[0]), color=colour, alpha=.25, linewidth=0)
-    axis.plot(closed, np.append(values, values[0]), color=colour, linewidth=1.5)
-    axis.plot(circle, np.ones_like(circle), color='black', linewidth=.9, linestyle=(0, (4, 2)))
-    axis.set_ylim(0, most)
-    ticks = [t for t in ((1, 2, 4, 6, 8) if most > 3 else (.5, 1, 1.5, 2, 2.5)) if t <= most]
-    axis.set_yticks(ticks, [f'{t:g}x' for t in ticks], fontsize=6.5, color=GREY)
-    axis.set_rlabel_position(180 / count)
-    shown = np.arange(0, count, max(1, -(-count // 16)))
-    axis.set_xticks(angles[shown], shown, fontsize=7.5)
-    axis.tick_params(pad=-1)
-    axis.spines['polar'].set_alpha(.25)
-    axis.set_title(text(name), loc='center', pad=10)
+    colour, outline = COLOURS[i % (len(COLOURS) - 1)], at(np.append(values, values[0]), closed)
+    for ring in (*rings, most):
+      axis.plot(*at(ring, circle), color='#c3cad2', linewidth=.5, zorder=1)
+    axis.plot(*np.stack([at(0, angles), at(most, angles)]).transpose(1, 0, 2), color='#e1e5ea', linewidth=.5, zorder=1)
+    axis.fill(*outline, color=colour, alpha=.25, linewidth=0, zorder=2)
+    axis.plot(*outline, color=colour, linewidth=1.5, zorder=3)
+    axis.plot(*at(1., circle), color='black', linewidth=.9, linestyle=(0, (4, 2)), zorder=4)
+    for ring in rings:
+      axis.text(*at(ring, math.pi / count), f'{ring:g}x', fontsize=6.5, color=GREY, ha='center', va='center', zorder=5)
+    for e in range(0, count, -(-count // 16)):
+      axis.text(*at(1.12 * most, angles[e]), str(e), fontsize=7.5, ha='center', va='center')
+    axis.set(aspect='equal', xlim=(-1.2 * most, 1.2 * most), ylim=(-1.2 * most, 1.2 * most))
+    axis.axis('off')
+    axis.set_title(text(name), loc='center')
   figure.supxlabel(unit, fontsize=8.5, color=GREY)
   return figure

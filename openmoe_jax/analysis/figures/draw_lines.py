@@ -4,7 +4,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from openmoe_jax.analysis.figures.draw import COLOURS, FAINT, GREY, MARKERS, WIDTH, grid, outer_labels, text
+from openmoe_jax.analysis.figures.draw import COLOURS, FAINT, GREY, MARKERS, WIDTH, grid, legend, outer_labels, text
 from openmoe_jax.analysis.resampling import Estimate
 
 _MOST = len(COLOURS)
@@ -76,7 +76,8 @@ def _colours(panels: Sequence[Panel], names: Sequence[str], ordered: bool) -> Ma
   """A colour for each name; where there are too many, for those that change most, and grey for the others."""
   if ordered and len(names) > 3:
     import matplotlib
-    return dict(zip(names, matplotlib.colormaps['viridis'](np.linspace(0, .88, len(names)))))
+    palette = matplotlib.colormaps['viridis']
+    return {name: matplotlib.colors.to_hex(palette(.88 * i / (len(names) - 1))) for i, name in enumerate(names)}
   if len(names) <= _MOST:
     return dict(zip(names, COLOURS))
   spread = {name: max(float(np.nanmax(c.y.value) - np.nanmin(c.y.value)) for panel in panels for c in panel.curves
@@ -89,11 +90,8 @@ def _legend(figure: Any, axes: Sequence[Any], colours: Mapping[str, Any]) -> Non
   handles = {}
   for axis in axes:
     for handle, name in zip(*axis.get_legend_handles_labels()):
-      handles.setdefault(name if isinstance(colours.get(name), np.ndarray) or colours.get(name) != FAINT else 'others',
-                         handle)
-  if len(handles) > 1:
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 6),
-                  frameon=False, fontsize=8)
+      handles.setdefault('others' if colours.get(name) == FAINT else name, handle)
+  legend(figure, list(handles.values()), list(handles))
 
 
 class Dots(NamedTuple):
@@ -133,9 +131,7 @@ def dots(panels: Sequence[Tuple[str, Sequence[Dots]]], categories: Sequence[Any]
   for axis in axes:
     for handle, label in zip(*axis.get_legend_handles_labels()):
       handles.setdefault(label, handle)
-  if len(handles) > 1:
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 6),
-                  frameon=False, fontsize=8)
+  legend(figure, list(handles.values()), list(handles))
   return figure
 
 
@@ -153,5 +149,5 @@ def histograms(panels: Sequence[Tuple[str, Sequence[Tuple[str, np.ndarray]]]], t
     axis.set_title(text(name))
   outer_labels(axes, columns, x, y)
   handles, labels = axes[0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=8)
+  legend(figure, handles, labels)
   return figure
