@@ -161,6 +161,7 @@ def radars(panels: Sequence[Tuple[str, np.ndarray]], title: str, unit: str) -> A
   angles = np.arange(count) * 2 * math.pi / count
   at = lambda radius, angle: (radius * np.sin(angle), radius * np.cos(angle))  # the first expert at the top, clockwise
   closed, circle = np.append(angles, 0.), np.linspace(0, 2 * math.pi, 120)
+  between = (count // 16 + .5) * 2 * math.pi / count  # two spokes, where the numbers of rings stand
   rings = [t for t in ((1, 2, 4, 6, 8) if most > 3 else (.5, 1, 1.5, 2, 2.5)) if t <= most]
   for i, (axis, (name, values)) in enumerate(zip(axes, panels)):
     colour, outline = COLOURS[i % (len(COLOURS) - 1)], at(np.append(values, values[0]), closed)
@@ -171,7 +172,7 @@ def radars(panels: Sequence[Tuple[str, np.ndarray]], title: str, unit: str) -> A
     axis.plot(*outline, color=colour, linewidth=1.5, zorder=3)
     axis.plot(*at(1., circle), color='black', linewidth=.9, linestyle=(0, (4, 2)), zorder=4)
     for ring in rings:
-      axis.text(*at(ring, math.pi / count), f'{ring:g}x', fontsize=6.5, color=GREY, ha='center', va='center', zorder=5)
+      axis.text(*at(ring, between), f'{ring:g}x', fontsize=6.5, color=GREY, ha='center', va='center', zorder=5)
     for e in range(0, count, -(-count // 16)):
       axis.text(*at(1.12 * most, angles[e]), str(e), fontsize=7.5, ha='center', va='center')
     axis.set(aspect='equal', xlim=(-1.2 * most, 1.2 * most), ylim=(-1.2 * most, 1.2 * most))

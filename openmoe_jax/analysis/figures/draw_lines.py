@@ -59,7 +59,7 @@ def curves(panels: Sequence[Panel], title: str, x: str, y: str, percent: bool = 
       axis.plot(at, value, color=colour, linewidth=1. if colour == FAINT else 1.6, marker=marker, markersize=3.5,
                 linestyle=(0, (4, 2)) if curve.dashed else '-', label=text(curve.name))
       if colour != FAINT:
-        axis.fill_between(at, low, high, color=colour, alpha=.15, linewidth=0)
+        axis.fill_between(at, low, high, color=colour, alpha=.15 if len(panel.curves) <= 4 else .06, linewidth=0)
     axis.set_title(text(panel.title))
   low, high = axes[0].get_ylim()
   axes[0].set_ylim(min(low, 0.) if low > -.05 * high else low, max(high, least_top * scale, .01 * scale))
