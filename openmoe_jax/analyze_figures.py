@@ -8,8 +8,8 @@ from openmoe_jax.bar import Bar
 from openmoe_jax.command_line import names
 from openmoe_jax.config import ConfigError, require
 
-_DESCRIPTION = """Draws figures 5 to 14 and tables 9, 10 and 15 of the paper from recorded routing, and writes its findings as
-sentences with numbers and intervals: OUTPUT/figures.json, OUTPUT/findings.json, and what they name.
+_DESCRIPTION = """Draws figures 5 to 14 and tables 9, 10 and 15 of the paper from recorded routing, and writes its
+findings as sentences with numbers and intervals: OUTPUT/figures.json, OUTPUT/findings.json, and what they name.
 
   openmoe-analyze figures runs/demo/routing --output=runs/demo/figures
 """
@@ -31,10 +31,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(f'--{name}', default='', metavar='VALUE[,VALUE]', help=what)
   for own in selection.GROUPS:
     default = ', '.join(own.patterns) or 'all that are in no other group'
-    group.add_argument(f'--{own.name}', default='', metavar='TASK[,TASK]', help=f'tasks, with * and ?, that are compared '
-                       f'as {own.what}s ({own.paper}); default: {default}')
+    group.add_argument(f'--{own.name}', default='', metavar='TASK[,TASK]', help='tasks, with * and ?, that are '
+                       f'compared as {own.what}s ({own.paper}); default: {default}')
   group.add_argument('--positions', default='', metavar='N[,N]', help='of figure 9; default: bins along the row')
-  group.add_argument('--token_ids', default='', metavar='ID[,ID]', help='of figures 10 and 11; default: the most frequent')
+  group.add_argument('--token_ids', default='', metavar='ID[,ID]',
+                     help='of figures 10 and 11; default: the most frequent')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +81,8 @@ def _sections(args: argparse.Namespace, chosen: Any, others: Sequence[Any]) -> L
     both = dict(zip(token_counts.distinct_names(first, args.vocabulary),
                     (tokenizer, pieces.processor(args.vocabulary))))
     require(len(both) == 2, f'--vocabulary={args.vocabulary!r} is that of the recording; give another one')
-    found.append(('vocabularies', functools.partial(tables.vocabularies, tokenizers=both, count=token_counts.count)))
+    found.append(('vocabularies', functools.partial(tables.vocabularies, tokenizers=both,
+                                                    count=token_counts.count)))
   return found
 
 
@@ -88,7 +90,8 @@ def wanted(args: argparse.Namespace) -> Any:
   """What the flags ask for."""
   from openmoe_jax.analysis.figures import selection
   groups = [own._replace(patterns=names(getattr(args, own.name)) or own.patterns) for own in selection.GROUPS]
-  return selection.Wanted(numbers('--layers', args.layers), numbers('--steps', args.steps), names(args.policies), groups)
+  return selection.Wanted(numbers('--layers', args.layers), numbers('--steps', args.steps), names(args.policies),
+                          groups)
 
 
 def numbers(flag: str, text: str) -> Sequence[int]:
@@ -103,6 +106,7 @@ def about(chosen: Any, others: Sequence[Any]) -> dict:
   config = chosen.recording.config
   sizes = ('vocab_size', 'emb_dim', 'mlp_dim', 'num_layers', 'num_experts', 'num_selected_experts', 'router')
   return {'model': {**{name: getattr(config, name) for name in sizes}, 'sparse_layers': chosen.recording.layers},
-          'recordings': [own.folder for own in (chosen, *others)], 'checkpoint': chosen.recording.about.get('checkpoint', ''),
+          'recordings': [own.folder for own in (chosen, *others)],
+          'checkpoint': chosen.recording.about.get('checkpoint', ''),
           'steps': chosen.steps, 'policies': chosen.policies, 'domains': chosen.all_domains, 'tokens': chosen.tokens(),
           'layers': chosen.layers, 'row_length': chosen.length}

@@ -1,4 +1,4 @@
-"""Figures and findings of recorded routing: routers whose answers are known, the files that are written, and mistakes."""
+"""Figures and findings of recorded routing: routers whose answers are known, the files that are written, mistakes."""
 
 import csv
 import functools
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from openmoe_jax import analyze
-from openmoe_jax.analysis.figures import context, drops, early, eviction, load, pieces, selection, specialisation, tables
+from openmoe_jax.analysis.figures import (context, drops, early, eviction, load, pieces, selection, specialisation,
+                                          tables)
 from openmoe_jax.analysis.figures.report import Report, mean_of
 from openmoe_jax.analysis.resampling import Estimate
 from openmoe_jax.config import ConfigError
@@ -77,10 +78,11 @@ def test_routing_over_training(mixed, tmp_path):
   chosen, report = selection.Selection(mixed), Numbers(tmp_path, {})
   early.add(report, chosen, SETTINGS)
   headline = report.value('early_routing')
-  assert headline.step == 10 and headline.chance < headline.low < headline.value < 1 and '25 % of the way' in headline.statement
-  experts = [chosen.recording.read(files.Key(step, 'none', DOMAINS[0]), 1, ['expert_0'])['expert_0'] for step in (0, 40)]
-  other = [chosen.recording.read(files.Key(step, 'none', DOMAINS[1]), 1, ['expert_0'])['expert_0'] for step in (0, 40)]
-  same = np.mean([*(experts[0] == experts[1]), *(other[0] == other[1])])
+  assert headline.step == 10 and headline.chance < headline.low < headline.value < 1
+  assert '25 % of the way' in headline.statement
+  first = {(step, domain): chosen.recording.read(files.Key(step, 'none', domain), 1, ['expert_0'])['expert_0']
+           for step in (0, 40) for domain in DOMAINS}
+  same = np.mean([first[0, domain] == first[40, domain] for domain in DOMAINS])
   assert report.value('agreement_with_last', layer=1, step=0).value == pytest.approx(same, rel=1e-12)
   information = [row['normalized_information'] for row in report.rows['token_id_information_over_training']
                  if row['layer'] == 3]
@@ -157,8 +159,8 @@ def test_vocabulary_of_a_recording(mixed, tmp_path):
   chosen = selection.Selection(mixed)
   tokenizer = pieces.recorded(chosen.recording.about)
   name = pieces.namer(tokenizer)
-  assert [name(0), name(302), name(317), name(8500)] == ['<start>', '␣in', '⏎' if tokenizer.id_to_piece(317) == '\n' else
-                                                        name(317), '<8500>']
+  line_end = tokenizer.piece_to_id('\n')
+  assert [name(i) for i in (0, 302, line_end, 8500)] == ['<start>', '␣in', '⏎', '<8500>']
   texts = tables.recorded_texts(chosen, tokenizer)
   assert list(texts) == list(DOMAINS) and len(texts[DOMAINS[0]]) == 40  # a document a row
   count = lambda own, both: [type('C', (tuple,), dict(characters=1, utf8_bytes=8, tokens=4, used=2))((1, 8, 4, 2))] * 2
@@ -202,7 +204,8 @@ def test_files_are_what_the_report_expects(mixed, tmp_path, capsys):
   papers = {f['paper'] for f in figures['figures']}
   assert {f'figure {i}' for i in (5, 9, 10, 11, 12, 13, 14)} | {'table 9', 'table 15', ''} == papers
   for figure in figures['figures']:
-    kinds = ('csv',) if figure['paper'].startswith('table') or figure['name'] == 'drops_by_domain' else ('png', 'svg', 'csv')
+    table = figure['paper'].startswith('table') or figure['name'] == 'drops_by_domain'
+    kinds = ('csv',) if table else ('png', 'svg', 'csv')
     assert set(figure) == {'name', 'paper', 'section', 'title', 'caption', *kinds}
     for kind in kinds:
       content = (tmp_path / figure[kind]).read_bytes()
@@ -242,13 +245,16 @@ def test_recordings_that_cannot_be_shown(mixed, tmp_path, capsys):
   assert 'no recorded routing' in mistake(tmp_path, tmp_path, capsys)
   dense = write(tmp_path / 'dense', rows=8)
   about = json.loads((tmp_path / 'dense' / 'recording.json').read_text())
-  (tmp_path / 'dense' / 'recording.json').write_text(json.dumps({**about, 'model': {**about['model'], 'num_experts': 0}}))
+  about['model']['num_experts'] = 0
+  (tmp_path / 'dense' / 'recording.json').write_text(json.dumps(about))
   assert 'this model has no sparse layers' in mistake(dense, tmp_path, capsys)
   few = write(tmp_path / 'few', rows=4, domains=DOMAINS[:1])
   assert 'demo_code_full_lm has 4 rows at step 100; statistics need at least 8' in mistake(few, tmp_path, capsys)
   other = write(tmp_path / 'other', num_experts=4)
-  assert 'is of another model: ModelConfig.num_layers = 2, that of' in mistake(mixed, tmp_path, capsys, f'--compare={other}')
+  error = mistake(mixed, tmp_path, capsys, f'--compare={other}')
+  assert 'is of another model: ModelConfig.num_layers = 2, that of' in error
   part = files.Key(100, 'none', DOMAINS[0]).folder() + '/part-00000.parquet'
   parts, foreign = write(tmp_path / 'parts'), write(tmp_path / 'foreign', moe_interval=1)
   shutil.copy(pathlib.Path(foreign) / part, pathlib.Path(parts) / part)
-  assert 'holds files of another model: layer 0, expert 7, where layer 1 of 8 experts' in mistake(parts, tmp_path, capsys)
+  error = mistake(parts, tmp_path, capsys)
+  assert 'holds files of another model: layer 0, expert 7, where layer 1 of 8 experts' in error

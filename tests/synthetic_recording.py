@@ -22,8 +22,8 @@ def write(folder: Any, kind: str = 'mixed', steps: Sequence[int] = (100,), names
           domains: Sequence[str] = ('demo_code_full_lm', 'demo_prose_full_lm'), rows: int = 40, length: int = 64,
           seed: int = 0, alike: bool = False, **model) -> str:
   """A recording; `kind` is what decides the expert: 'token', 'position', 'domain', 'random', or 'mixed': the token, but
-  chance in a share of cases that falls to a half at the last step, and towards expert 0 along the row. Domains differ in
-  the frequencies of ids unless they are `alike`."""
+  chance in a share of cases that falls to a half at the last step, and towards expert 0 along the row. Domains differ
+  in the frequencies of ids unless they are `alike`."""
   model_config = config(**model)
   layers = [i for i in range(model_config.num_layers) if model_config.is_sparse(i)]
   files.begin(folder, {'checkpoint': 'synthetic', 'model': to_dict(model_config), 'split': 'validation',

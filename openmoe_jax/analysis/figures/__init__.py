@@ -1,1 +1,1 @@
-"""What `openmoe-analyze figures` makes of recorded routing: pictures, tables, and sentences with numbers and intervals."""
+"""What `openmoe-analyze figures` makes of recorded routing: pictures, tables, and sentences with numbers."""

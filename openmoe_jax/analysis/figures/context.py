@@ -1,5 +1,5 @@
-"""Context-independence: what says which expert a token goes to, and how sure positions and token ids are of one (figures
-9, 10, 13 and 14)."""
+"""Context-independence: what tells a token's expert, and how even the experts of a position, a token id are (figures 9,
+10, 13 and 14)."""
 
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -56,7 +56,8 @@ COLUMNS = ['expert', 'token_id', 'previous_id', 'position']
 def check(chosen: Selection, settings: Settings) -> None:
   """Raises `ConfigError` for positions or token ids that do not occur."""
   for position in settings.positions:
-    require(position < chosen.length, f'--positions: {position} is beyond the rows, which have {chosen.length} positions')
+    require(position < chosen.length,
+            f'--positions: {position} is beyond the rows, which have {chosen.length} positions')
   if settings.token_ids:
     ids = chosen.read(chosen.layers[0], ['token_id'])['token_id']
     for i in settings.token_ids:
@@ -116,7 +117,8 @@ def _say_alone(report: Report, chosen: Selection, variable: Variable, layer: int
   report.finding(
       f'{variable.name}_information', 'context',
       f'In layer {layer} {variable.phrase} tells {percent(found.normalized)} of what decides the first expert (0 % is '
-      f'nothing, 100 % all of it; shuffled it would be at most {100 * found.null.high:.1f} %, p = {found.p_value:.2g}).',
+      f'nothing, 100 % all of it; shuffled it would be at most {100 * found.null.high:.1f} %, p = '
+      f'{found.p_value:.2g}).',
       found.normalized, chance=0., **_place(chosen, layer))
 
 
@@ -147,8 +149,9 @@ def _headline(report: Report, chosen: Selection, alone, guesses) -> None:
   report.finding(
       'context_independence', 'context',
       f'Context-independence: the token id alone tells {percent(token)} of what decides the first expert, {others}; it '
-      f'predicts {percent(accuracy)} of the first experts, where guessing the busiest one gets {100 * baseline.value:.1f} '
-      f'% ({_layers(chosen)}).', token, chance=0., step=chosen.last, policy=chosen.choice_policy, headline=True)
+      f'predicts {percent(accuracy)} of the first experts, where guessing the busiest one gets '
+      f'{100 * baseline.value:.1f} % ({_layers(chosen)}).', token, chance=0., step=chosen.last,
+      policy=chosen.choice_policy, headline=True)
 
 
 def _layers(chosen: Selection) -> str:
@@ -174,12 +177,13 @@ def _draw_information(report: Report, chosen: Selection, own: Sequence[Variable]
     panels.append((variable.label, series))
   report.figure(
       'what_decides', '', 'context', 'What decides the expert',
-      'Mutual information of the first expert with each variable, over the entropy of the expert: 100 % where the variable '
-      'decides it, 0 % where it says nothing. Bars are 95 % intervals (jackknife over blocks of rows); "chance" is the 97.5 '
-      '% quantile with shuffled values. Orange: what a variable adds to the token id.',
-      lambda: draw_lines.dots(panels, chosen.layers, f'What decides the first expert, step {chosen.last}', 'sparse layer',
-                      'mutual information'),
-      ['step', 'layer', 'variable', 'given', 'normalized_information', 'low', 'high', 'chance_low', 'chance_high', 'p_value',
+      'Mutual information of the first expert with each variable, over the entropy of the expert: 100 % where the '
+      'variable decides it, 0 % where it says nothing. Bars are 95 % intervals (jackknife over blocks of rows); '
+      '"chance" is the 97.5 % quantile with shuffled values. Orange: what a variable adds to the token id.',
+      lambda: draw_lines.dots(panels, chosen.layers, f'What decides the first expert, step {chosen.last}',
+                              'sparse layer', 'mutual information'),
+      ['step', 'layer', 'variable', 'given', 'normalized_information', 'low', 'high', 'chance_low', 'chance_high',
+       'p_value',
        'tokens', 'values'], lines)
 
 
@@ -189,10 +193,11 @@ def _draw_accuracy(report: Report, chosen: Selection, guesses) -> None:
                            np.asarray([g.baseline.value for g in own]))
   report.figure(
       'token_id_accuracy', '', 'context', 'The expert predicted from the token id alone',
-      'How often the first expert is the one that the token id has most often in other rows (five-fold, by blocks of rows). '
-      '"chance" is the share of the busiest expert.',
-      lambda: draw_lines.dots([('', [series])], chosen.layers, f'First expert predicted from the token id, step {chosen.last}',
-                      'sparse layer', 'right', top=1.),
+      'How often the first expert is the one that the token id has most often in other rows (five-fold, by blocks of '
+      'rows). "chance" is the share of the busiest expert.',
+      lambda: draw_lines.dots([('', [series])], chosen.layers,
+                              f'First expert predicted from the token id, step {chosen.last}', 'sparse layer', 'right',
+                              top=1.),
       ['step', 'layer', 'accuracy', 'low', 'high', 'baseline', 'share_of_unseen_ids'],
       [(chosen.last, layer, *g.accuracy, g.baseline.value, g.unseen) for layer, g in guesses.items()])
 
@@ -214,8 +219,8 @@ def _positions(report: Report, chosen: Selection, settings: Settings) -> None:
     lines += [(chosen.last, layer, names[i], e, share) for (i, e), share in np.ndenumerate(own)]
   report.figure(
       'fig09_positions', 'figure 9', 'context', 'Experts by position in the row',
-      f'Which experts tokens choose at different positions of the row, step {chosen.last}; white is an equal share. Rows '
-      'that look alike mean that the position does not decide.',
+      f'Which experts tokens choose at different positions of the row, step {chosen.last}; white is an equal share. '
+      'Rows that look alike mean that the position does not decide.',
       lambda: draw.share_maps(panels, f'Experts by position, step {chosen.last}', 'position', UNIT),
       ['step', 'layer', 'positions', 'expert', 'relative_share'], lines)
 
@@ -255,7 +260,8 @@ def token_maps(panels: Sequence[draw.Map], title: str, row_name: str, choices: i
 
 def deviation(variable: np.ndarray, expert: np.ndarray, experts: int, least: int) -> Dict[int, float]:
   """Standard deviation, over the experts, of the share of choices that each gets, for values with `least` tokens."""
-  return {value: float(np.std(own)) for value, own in routing_statistics.shares(variable, expert, experts, least).items()}
+  found = routing_statistics.shares(variable, expert, experts, least)
+  return {value: float(np.std(own)) for value, own in found.items()}
 
 
 def _deviations(report: Report, chosen: Selection) -> None:
@@ -271,7 +277,8 @@ def _deviations(report: Report, chosen: Selection) -> None:
       lines[name] += [(chosen.last, layer, value, own[value], chance[value]) for value in own]
     own, chance = found['position']
     x = np.asarray([position for position in own if position > 0])  # 0 is always the start id
-    as_curve = lambda name, y, dashed: draw_lines.Curve(name, x, Estimate(*(np.asarray([y[i] for i in x]),) * 3), dashed)
+    exact = lambda y: Estimate(*(np.asarray([y[i] for i in x]),) * 3)
+    as_curve = lambda name, y, dashed: draw_lines.Curve(name, x, exact(y), dashed)
     by_position.append(draw_lines.Panel(f'layer {layer}', [as_curve('by position', own, False),
                                                            as_curve('positions shuffled', chance, True)]))
     own, chance = found['token_id']
@@ -282,21 +289,23 @@ def _deviations(report: Report, chosen: Selection) -> None:
     draws = np.random.default_rng(0).choice(ids, (1000, len(ids))).mean(axis=1)
     value = Estimate(float(ids.mean()), *(float(q) for q in np.quantile(draws, (.025, .975))))
     report.finding(
-        'token_id_deviation', 'context', f'In layer {layer} the share of choices per expert deviates by {percent(value)} '
-        f'from expert to expert for a token id with at least {MIN_TOKENS} tokens (mean of {len(ids)} ids; shuffled '
-        f'{100 * np.mean(list(chance.values())):.1f} %).', value, chance=float(np.mean(list(chance.values()))),
+        'token_id_deviation', 'context', f'In layer {layer} the share of choices per expert deviates by '
+        f'{percent(value)} from expert to expert for a token id with at least {MIN_TOKENS} tokens (mean of {len(ids)} '
+        f'ids; shuffled {100 * np.mean(list(chance.values())):.1f} %).', value,
+        chance=float(np.mean(list(chance.values()))),
         **_place(chosen, layer))
   report.figure(
       'fig13_position_deviation', 'figure 13', 'context', 'How uneven the experts of a position are',
-      'Standard deviation, from expert to expert, of the share of choices at each position. Dashed: with positions shuffled, '
-      'which is what the load of the experts and the number of tokens give. Lines that lie together mean that positions '
-      'have no experts of their own. Position 0, always the start id, is left out.',
-      lambda: draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}', 'position in the row',
-                        'standard deviation of share'),
+      'Standard deviation, from expert to expert, of the share of choices at each position. Dashed: with positions '
+      'shuffled, which is what the load of the experts and the number of tokens give. Lines that lie together mean '
+      'that positions have no experts of their own. Position 0, always the start id, is left out.',
+      lambda: draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}',
+                                'position in the row', 'standard deviation of share'),
       ['step', 'layer', 'position', 'standard_deviation', 'shuffled'], lines['position'])
   report.figure(
       'fig14_token_id_deviation', 'figure 14', 'context', 'How uneven the experts of a token id are',
-      f'The same for token ids with at least {MIN_TOKENS} tokens. Far right of the grey: ids that have experts of their own.',
+      f'The same for token ids with at least {MIN_TOKENS} tokens. Far right of the grey: ids that have experts '
+      'of their own.',
       lambda: draw_lines.histograms(by_token, f'Unevenness of experts by token id, step {chosen.last}',
-                            'standard deviation of share (%)', 'token ids (%)'),
+                                    'standard deviation of share (%)', 'token ids (%)'),
       ['step', 'layer', 'token_id', 'standard_deviation', 'shuffled'], lines['token_id'])

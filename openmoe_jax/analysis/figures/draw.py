@@ -60,7 +60,8 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
   """Below the panels, in lines of the same length; nothing for a single entry."""
   if len(handles) > 1:
     lines = -(-len(handles) // 7)
-    figure.legend(handles, labels, loc='outside lower center', ncols=-(-len(handles) // lines), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc='outside lower center', ncols=-(-len(handles) // lines), frameon=False,
+                  fontsize=8)
 
 
 def text(value: Any) -> str:

@@ -54,8 +54,8 @@ def add(report: Report, chosen: Selection, others: Sequence[Selection] = ()) -> 
 
 
 def require_drops(chosen: Selection) -> None:
-  require(bool(chosen.drop_policies), f'{chosen.folder} holds only the policy none, under which nobody is dropped; record '
-          'with --policy=none,t5x_train,t5x_eval,colossalai')
+  require(bool(chosen.drop_policies), f'{chosen.folder} holds only the policy none, under which nobody is dropped; '
+          'record with --policy=none,t5x_train,t5x_eval,colossalai')
 
 
 def describe(chosen: Selection, policy: str) -> str:
@@ -81,16 +81,18 @@ def _findings(report: Report, chosen: Selection, policy: str, found: Mapping[int
   where = {'step': chosen.last, 'policy': policy}
   for layer, own in found.items():
     ranks = ', '.join(f'{RANKS[i]} choices {percent(rank)}' for i, rank in enumerate(own.drops.ranks[:len(RANKS)]))
-    report.finding('dropped_choices', 'drops', f'Under {policy}, {percent(own.drops.choices)} of the choices are dropped in '
-                   f'layer {layer} ({ranks}).', own.drops.choices, layer=layer, **where)
-    report.finding('tokens_without_expert', 'drops', f'Under {policy}, {percent(own.drops.without_expert)} of the tokens '
-                   f'are left without any expert in layer {layer}.', own.drops.without_expert, layer=layer, **where)
+    report.finding('dropped_choices', 'drops', f'Under {policy}, {percent(own.drops.choices)} of the choices are '
+                   f'dropped in layer {layer} ({ranks}).', own.drops.choices, layer=layer, **where)
+    report.finding('tokens_without_expert', 'drops', f'Under {policy}, {percent(own.drops.without_expert)} of the '
+                   f'tokens are left without any expert in layer {layer}.', own.drops.without_expert, layer=layer,
+                   **where)
     report.finding('drop_slope', 'drops', f'Under {policy}, the share of dropped choices changes by '
                    f'{points(own.all.slope)} from the first position of a row to the last in layer {layer}.',
                    own.all.slope, 'share per row', chance=0., layer=layer, **where)
     if own.in_group is not None:
       report.finding('drop_slope_in_group', 'drops', f'Under {policy}, the share of dropped choices changes by '
-                     f'{points(own.in_group.slope)} from the first place of a routing group to the last in layer {layer}.',
+                     f'{points(own.in_group.slope)} from the first place of a routing group to the last in '
+                     f'layer {layer}.',
                      own.in_group.slope, 'share per group', chance=0., layer=layer, **where)
   if len(chosen.all_domains) > 1:
     for name in chosen.all_domains:
@@ -100,10 +102,11 @@ def _findings(report: Report, chosen: Selection, policy: str, found: Mapping[int
                      domain=name, **where)
   if 'none' in chosen.policies:
     column = {name: chosen.read(chosen.layers[0], ['log_prob'], policy=name) for name in (policy, 'none')}
-    cost = drop_statistics.loss_difference(column[policy]['log_prob'], column['none']['log_prob'], column['none']['row'])
-    report.finding('loss_of_drops', 'drops', f'Dropping by {policy} costs {cost.value:.4f} [{cost.low:.4f}, {cost.high:.4f}] '
-                   'nats of loss per token, against a pass in which nobody is dropped.', cost, 'nats per token', chance=0.,
-                   **where)
+    cost = drop_statistics.loss_difference(column[policy]['log_prob'], column['none']['log_prob'],
+                                           column['none']['row'])
+    report.finding('loss_of_drops', 'drops', f'Dropping by {policy} costs {cost.value:.4f} [{cost.low:.4f}, '
+                   f'{cost.high:.4f}] nats of loss per token, against a pass in which nobody is dropped.', cost,
+                   'nats per token', chance=0., **where)
 
 
 def _headline(report: Report, chosen: Selection, found: Mapping[Tuple[str, int], Found]) -> None:
@@ -113,13 +116,14 @@ def _headline(report: Report, chosen: Selection, found: Mapping[Tuple[str, int],
   of_layers = lambda name: mean_of([found[name, layer].all.slope for layer in chosen.layers])
   curves = [found[policy, layer].all.curve.value for layer in chosen.layers]
   start, end = (100 * float(np.nanmean([curve[i] for curve in curves])) for i in (0, -1))
-  others = [f'{points(of_layers(name))} under {name} ({describe(chosen, name)})' for name in chosen.drop_policies
-            if name != policy]
+  others = ' and '.join(f'{points(of_layers(name))} under {name} ({describe(chosen, name)})'
+                        for name in chosen.drop_policies if name != policy)
+  others = f'; it is {others}' if others else ''
   report.finding(
-      'drop_towards_the_end', 'drops', f'Drop-towards-the-end: under {policy} ({describe(chosen, policy)}) the share of '
-      f'dropped choices goes from {start:.1f} % at the beginning of the row to {end:.1f} % at its end, a slope of '
-      f'{points(of_layers(policy))} (mean of the sparse layers)' + (f'; it is {" and ".join(others)}' if others else '') +
-      '.', of_layers(policy), 'share per row', chance=0., step=chosen.last, policy=policy, headline=True)
+      'drop_towards_the_end', 'drops', f'Drop-towards-the-end: under {policy} ({describe(chosen, policy)}) the share '
+      f'of dropped choices goes from {start:.1f} % at the beginning of the row to {end:.1f} % at its end, a slope of '
+      f'{points(of_layers(policy))} (mean of the sparse layers){others}.', of_layers(policy), 'share per row',
+      chance=0., step=chosen.last, policy=policy, headline=True)
 
 
 def _curve(name: str, own: ByPosition) -> draw_lines.Curve:
@@ -137,11 +141,12 @@ def _draw_domains(report: Report, chosen: Selection, policy: str, found: Mapping
                                                   for d in domains]) for layer in chosen.layers]
     report.figure(
         f'fig12_{name}_{policy}', 'figure 12', 'drops', f'Dropped choices along the row by {group.what}: {policy}',
-        f'Share of the choices that find their expert full, by position in the row; step {chosen.last}, policy {policy}: '
-        f'{describe(chosen, policy)}. Bands are 95 % bootstrap intervals over blocks of rows. Where a row is a group, later '
-        'tokens must find fuller experts; where it is cut into groups, or shares one with other rows, they need not.',
-        lambda: draw_lines.curves(panels, f'Dropped choices along the row by {group.what}: {policy}', 'position in the row',
-                                  'dropped choices', least_top=.05),
+        f'Share of the choices that find their expert full, by position in the row; step {chosen.last}, policy '
+        f'{policy}: {describe(chosen, policy)}. Bands are 95 % bootstrap intervals over blocks of rows. Where a row is '
+        'a group, later tokens must find fuller experts; where it is cut into groups, or '
+        'shares one with other rows, they need not.',
+        lambda: draw_lines.curves(panels, f'Dropped choices along the row by {group.what}: {policy}',
+                                  'position in the row', 'dropped choices', least_top=.05),
         ['policy', 'step', 'layer', 'domain', 'position', 'dropped', 'low', 'high'],
         [line for layer in chosen.layers for d in domains
          for line in _lines((policy, chosen.last, layer, d), found[policy, layer].domains[d])])
@@ -153,22 +158,25 @@ def _draw_compared(report: Report, recordings: Sequence[Selection], policy: str,
   labels = recording_labels(recordings)
   of = {}
   for label, own in zip(labels, recordings):
-    require(policy in own.policies, f'--compare: {own.folder} has no recording under the policy {policy}; record it, or '
-            'choose by --policies')
+    require(policy in own.policies, f'--compare: {own.folder} has no recording under the policy {policy}; record it, '
+            'or choose by --policies')
     for layer in own.layers:
       of[label, layer] = (found[policy, layer] if own is recordings[0] else _of(own, policy, layer)).all
   layers = recordings[0].layers
   for label, own in zip(labels[1:], recordings[1:]):
     first, slope = (mean_of([of[name, layer].slope for layer in layers]) for name in (labels[0], label))
-    report.finding('drop_slope_compared', 'drops', f'Under {policy}, the share of dropped choices changes by {points(slope)} '
-                   f'along the row in {label}, and by {points(first)} in {labels[0]} (mean of the sparse layers).', slope,
+    report.finding('drop_slope_compared', 'drops', f'Under {policy}, the share of dropped choices changes by '
+                   f'{points(slope)} along the row in {label}, and by {points(first)} in {labels[0]} (mean of '
+                   'the sparse layers).', slope,
                    'share per row', chance=0., step=own.last, policy=policy)
-  panels = [draw_lines.Panel(f'layer {layer}', [_curve(label, of[label, layer]) for label in labels]) for layer in layers]
+  panels = [draw_lines.Panel(f'layer {layer}', [_curve(label, of[label, layer]) for label in labels])
+            for layer in layers]
   report.figure(
       f'fig12_compared_{policy}', 'figure 12', 'drops', f'Dropped choices along the row, models compared: {policy}',
       f'Share of the choices that find their expert full, by position in the row, over all domains, for '
       f'{" and ".join(labels)}; policy {policy}: {describe(recordings[0], policy)}.',
-      lambda: draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row', 'dropped choices'),
+      lambda: draw_lines.curves(panels, f'Dropped choices along the row: {policy}', 'position in the row',
+                                'dropped choices'),
       ['policy', 'recording', 'layer', 'position', 'dropped', 'low', 'high'],
       [line for (label, layer), own in of.items() for line in _lines((policy, label, layer), own)])
 
@@ -176,7 +184,8 @@ def _draw_compared(report: Report, recordings: Sequence[Selection], policy: str,
 def recording_labels(recordings: Sequence[Selection]) -> List[str]:
   """Short names that differ: the ends of the folders' paths, and steps."""
   parts = [str(paths.path(own.folder)).split('/') for own in recordings]
-  depth = next((n for n in range(1, max(map(len, parts)) + 1) if len({'/'.join(p[-n:]) for p in parts}) == len(parts)), 1)
+  differ = lambda n: len({'/'.join(own[-n:]) for own in parts}) == len(parts)
+  depth = next((n for n in range(1, max(map(len, parts)) + 1) if differ(n)), 1)
   return [f'{"/".join(own[-depth:])} step {recording.last}' for own, recording in zip(parts, recordings)]
 
 
@@ -190,9 +199,10 @@ def _draw_ranks(report: Report, chosen: Selection, found: Mapping[Tuple[str, int
               for rank, value in enumerate(d)]
   report.figure(
       'drops_by_rank', '', 'drops', 'Dropped choices by rank',
-      f'Share of the first and of the second choices that are dropped, in each sparse layer at step {chosen.last}. First '
-      'choices of a whole group are served before all second ones. Bars are 95 % bootstrap intervals.',
-      lambda: draw_lines.dots(panels, chosen.layers, f'Dropped choices by rank, step {chosen.last}', 'sparse layer', 'dropped'),
+      f'Share of the first and of the second choices that are dropped, in each sparse layer at step {chosen.last}. '
+      'First choices of a whole group are served before all second ones. Bars are 95 % bootstrap intervals.',
+      lambda: draw_lines.dots(panels, chosen.layers, f'Dropped choices by rank, step {chosen.last}', 'sparse layer',
+                              'dropped'),
       ['policy', 'step', 'layer', 'rank', 'dropped', 'low', 'high'], lines)
 
 
@@ -211,12 +221,14 @@ def _draw_without_expert(report: Report, chosen: Selection, found: Mapping[Tuple
   panels = _by_policy(chosen, found, lambda own: own.without_expert)
   report.figure(
       'tokens_without_expert', '', 'drops', 'Tokens left without any expert',
-      f'Share of the tokens none of whose choices is kept, so that the sparse layer adds nothing to them, by position in the '
-      f'row at step {chosen.last}. Dropped choices (figure 12) are more: most of these tokens still have another expert.',
-      lambda: draw_lines.curves(list(panels.values()), f'Tokens left without any expert, step {chosen.last}', 'position in the row',
-                        'tokens', ordered=True),
+      'Share of the tokens none of whose choices is kept, so that the sparse layer adds nothing to them, by position '
+      f'in the row at step {chosen.last}. Dropped choices (figure 12) are more: most of these '
+      'tokens still have another expert.',
+      lambda: draw_lines.curves(list(panels.values()), f'Tokens left without any expert, step {chosen.last}',
+                                'position in the row', 'tokens', ordered=True),
       ['policy', 'step', 'layer', 'position', 'without_expert', 'low', 'high'],
-      [line for (policy, layer), own in found.items() for line in _lines((policy, chosen.last, layer), own.without_expert)])
+      [line for (policy, layer), own in found.items()
+       for line in _lines((policy, chosen.last, layer), own.without_expert)])
 
 
 def _draw_in_group(report: Report, chosen: Selection, found: Mapping[Tuple[str, int], Found]) -> None:
@@ -225,10 +237,10 @@ def _draw_in_group(report: Report, chosen: Selection, found: Mapping[Tuple[str, 
     return
   report.figure(
       'drops_in_group', '', 'drops', 'Dropped choices along the routing group',
-      'The same by place in the routing group, under the policies whose groups are no rows: this is where drops towards the '
-      f'end are in training. {"; ".join(f"{policy}: {describe(chosen, policy)}" for policy in panels)}.',
+      'The same by place in the routing group, under the policies whose groups are no rows: this is where drops '
+      f'towards the end are in training. {"; ".join(f"{policy}: {describe(chosen, policy)}" for policy in panels)}.',
       lambda: draw_lines.curves(list(panels.values()), f'Dropped choices along the routing group, step {chosen.last}',
-                        'place in the group', 'dropped choices', ordered=True),
+                                'place in the group', 'dropped choices', ordered=True),
       ['policy', 'step', 'layer', 'place', 'dropped', 'low', 'high'],
       [line for (policy, layer), own in found.items() if own.in_group is not None
        for line in _lines((policy, chosen.last, layer), own.in_group)])
@@ -249,6 +261,6 @@ def _draw_over_training(report: Report, chosen: Selection) -> None:
   report.figure(
       'drops_over_training', '', 'drops', 'Dropped choices over training',
       'Share of the choices that are dropped at each checkpoint, on the same text, under each policy.',
-      lambda: draw_lines.curves(panels, 'Dropped choices over training', 'training step', 'dropped choices', ordered=True,
-                        markers=True),
+      lambda: draw_lines.curves(panels, 'Dropped choices over training', 'training step', 'dropped choices',
+                                ordered=True, markers=True),
       ['policy', 'layer', 'step', 'dropped', 'low', 'high'], lines)

@@ -70,12 +70,13 @@ def _findings(report: Report, chosen: Selection, to_last: Mapping[Tuple[int, int
   for (layer, step), own in to_last.items():
     where = {'layer': layer, 'step': step, 'policy': chosen.choice_policy}
     report.finding(
-        'agreement_with_last', 'early', f'In layer {layer} {percent(own.same)} of the tokens have the same first expert at '
-        f'step {step} as at step {last} (chance {100 * own.chance:.1f} %; above chance, kappa = {own.kappa}).', own.same,
+        'agreement_with_last', 'early', f'In layer {layer} {percent(own.same)} of the tokens have the same first '
+        f'expert at step {step} as at step {last} (chance {100 * own.chance:.1f} %; above chance, '
+        f'kappa = {own.kappa}).', own.same,
         chance=own.chance, **where)
     report.finding(
-        'token_id_agreement_with_last', 'early', f'In layer {layer} {percent(own.ids_same)} of {own.ids} token ids have '
-        f'the same most frequent expert at step {step} as at step {last} (chance {100 * own.ids_chance:.1f} %).',
+        'token_id_agreement_with_last', 'early', f'In layer {layer} {percent(own.ids_same)} of {own.ids} token ids '
+        f'have the same most frequent expert at step {step} as at step {last} (chance {100 * own.ids_chance:.1f} %).',
         own.ids_same, chance=own.ids_chance, **where)
   first = next((step for step in chosen.steps[:-1] if step > 0), None)
   if first is None:
@@ -86,10 +87,11 @@ def _findings(report: Report, chosen: Selection, to_last: Mapping[Tuple[int, int
                         for pick in (lambda own: own.chance, lambda own: own.ids_chance))
   layers = f', mean of {len(chosen.layers)} sparse layers' if len(chosen.layers) > 1 else ''
   report.finding(
-      'early_routing', 'early', f'Early routing learning: at step {first}, {100 * first / last:.0f} % of the way to step '
-      f'{last}, {percent(same)} of the tokens already go to the first expert of step {last} (chance {100 * chance:.1f} %), '
-      f'and {percent(ids)} of the token ids have their most frequent expert (chance {100 * ids_chance:.1f} %{layers}); the '
-      f'loss is {losses[first]:.2f} nats then and {losses[last]:.2f} in the end.', same, chance=chance, step=first,
+      'early_routing', 'early', f'Early routing learning: at step {first}, {100 * first / last:.0f} % of the way to '
+      f'step {last}, {percent(same)} of the tokens already go to the first expert of step {last} (chance '
+      f'{100 * chance:.1f} %), and {percent(ids)} of the token ids have their most frequent expert (chance '
+      f'{100 * ids_chance:.1f} %{layers}); the loss is {losses[first]:.2f} nats then and {losses[last]:.2f} in '
+      'the end.', same, chance=chance, step=first,
       policy=chosen.choice_policy, headline=True)
 
 
@@ -107,10 +109,10 @@ def _draw_agreement(report: Report, chosen: Selection, to_last: Mapping[Tuple[in
   report.figure(
       'agreement_with_last', '', 'early', f'How soon routing is as at step {chosen.last}',
       f'Share of tokens whose first expert is that of step {chosen.last}, and share of token ids (with at least '
-      f'{routing_statistics.MIN_COUNT} tokens) whose most frequent expert is; bands are 95 % bootstrap intervals, dashed is '
-      'what independent routers with the same loads would have.',
-      lambda: draw_lines.curves(panels, f'Routing decisions that are already those of step {chosen.last}', 'training step',
-                        'same as at the end', ordered=True, markers=True, least_top=1.),
+      f'{routing_statistics.MIN_COUNT} tokens) whose most frequent expert is; bands are 95 % bootstrap intervals, '
+      'dashed is what independent routers with the same loads would have.',
+      lambda: draw_lines.curves(panels, f'Routing decisions that are already those of step {chosen.last}',
+                                'training step', 'same as at the end', ordered=True, markers=True, least_top=1.),
       ['layer', 'step', 'last_step', 'same', 'low', 'high', 'chance', 'kappa', 'kappa_low', 'kappa_high', 'ids_same',
        'ids_low', 'ids_high', 'ids_chance', 'ids'],
       [(layer, step, chosen.last, *own.same, own.chance, *own.kappa, *own.ids_same, own.ids_chance, own.ids)
@@ -121,11 +123,12 @@ def _draw_matrix(report: Report, chosen: Selection, found: Mapping[int, np.ndarr
   names = [str(step) for step in chosen.steps]
   report.figure(
       'agreement_matrix', '', 'early', 'Agreement of routing between all checkpoints',
-      "Share of tokens with the same first expert at two checkpoints, beyond what their loads would give (Cohen's kappa, in "
-      'percent): 0 is chance, 100 the same routing. A bright square in the lower right is routing that has settled.',
+      "Share of tokens with the same first expert at two checkpoints, beyond what their loads would give (Cohen's "
+      'kappa, in percent): 0 is chance, 100 the same routing. A bright square in the lower right is routing that '
+      'has settled.',
       lambda: draw.maps([draw.Map(f'layer {layer}', own, names) for layer, own in found.items()],
-                'Agreement of first experts between checkpoints', 'training step', 'training step', 'kappa', (0., 1.), names,
-                numbers=len(names) <= 12),
+                        'Agreement of first experts between checkpoints', 'training step', 'training step', 'kappa',
+                        (0., 1.), names, numbers=len(names) <= 12),
       ['layer', 'step', 'other_step', 'kappa'],
       [(layer, chosen.steps[i], chosen.steps[j], value) for layer, own in found.items()
        for (i, j), value in np.ndenumerate(own)])
@@ -137,10 +140,11 @@ def _draw_information(report: Report, chosen: Selection, information) -> None:
             for layer in chosen.layers]
   report.figure(
       'token_id_information_over_training', '', 'early', 'How much the token id decides, over training',
-      'Mutual information of the first expert with the token id, over the entropy of the expert, at each checkpoint: 100 % '
-      'is a router that looks at the token id alone.',
-      lambda: draw_lines.curves([draw_lines.Panel('', curves)], 'What the token id says about the expert, over training',
-                        'training step', 'mutual information', ordered=True, markers=True, least_top=1.),
+      'Mutual information of the first expert with the token id, over the entropy of the expert, at each checkpoint: '
+      '100 % is a router that looks at the token id alone.',
+      lambda: draw_lines.curves([draw_lines.Panel('', curves)],
+                                'What the token id says about the expert, over training', 'training step',
+                                'mutual information', ordered=True, markers=True, least_top=1.),
       ['layer', 'step', 'normalized_information', 'low', 'high'],
       [(layer, step, *own) for (layer, step), own in information.items()])
 

@@ -1,5 +1,8 @@
-"""Eviction: first choices of later tokens take the places of second choices of earlier ones, because priority goes by rank
-before position. What happens to a token then depends on tokens behind it, in training and wherever there is a capacity."""
+"""Eviction: first choices of later tokens take the places of second choices of earlier ones.
+
+Priority goes by rank before position. What happens to a token then depends on tokens behind it, in training and
+wherever there is a capacity.
+"""
 
 from typing import Dict, Mapping, NamedTuple, Sequence, Tuple
 
@@ -39,8 +42,9 @@ def add(report: Report, chosen: Selection) -> None:
   require_drops(chosen)
   require(chosen.choices > 1, 'tokens of this model have one choice each, so that nobody is evicted')
   config = chosen.recording.config
-  require(config.priority == 'position' and not config.batch_prioritized, 'slots go by the probability of tokens, not by '
-          'position (ModelConfig.priority), so that later tokens evict earlier ones in another way than is counted here')
+  require(config.priority == 'position' and not config.batch_prioritized, 'slots go by the probability of tokens, not '
+          'by position (ModelConfig.priority), so that later tokens evict earlier ones in another way than is '
+          'counted here')
   found: Dict[Tuple[str, int], Evictions] = {}
   along: Dict[Tuple[str, int], Tuple[ByPosition, ByPosition]] = {}
   costs: Dict[str, Cost] = {}
@@ -84,7 +88,8 @@ def _cost(chosen: Selection, policy: str, evicted: np.ndarray, lost: np.ndarray)
   mean = lambda s, i: s[..., 2 * i] / s[..., 2 * i + 1]
   excess = lambda s: mean(s, 1) - mean(s, 0)
   return Cost([resampling.bootstrap(sums, lambda s, i=i: mean(s, i)) for i in range(3)],
-              resampling.bootstrap(sums, excess), resampling.bootstrap(sums, lambda s: excess(s) * s[..., 6] / s[..., 7]),
+              resampling.bootstrap(sums, excess),
+              resampling.bootstrap(sums, lambda s: excess(s) * s[..., 6] / s[..., 7]),
               [float(np.mean(mask)) for mask in masks])
 
 
@@ -95,18 +100,20 @@ def _nats(own: Estimate) -> str:
 def _findings(report: Report, chosen: Selection, found, costs: Mapping[str, Cost], touched) -> None:
   for (policy, layer), own in found.items():
     where = {'layer': layer, 'step': chosen.last, 'policy': policy}
-    report.finding('evicted_choices', 'eviction', f'Under {policy}, {percent(own.evicted)} of the choices behind the first '
-                   f'are evicted by later tokens in layer {layer}.', own.evicted, **where)
+    report.finding('evicted_choices', 'eviction', f'Under {policy}, {percent(own.evicted)} of the choices behind the '
+                   f'first are evicted by later tokens in layer {layer}.', own.evicted, **where)
     if np.isfinite(own.of_dropped.value):
-      report.finding('evicted_of_dropped', 'eviction', f'Under {policy}, {percent(own.of_dropped)} of the dropped choices '
-                     f'behind the first are dropped only because of later tokens in layer {layer}.', own.of_dropped, **where)
+      report.finding('evicted_of_dropped', 'eviction', f'Under {policy}, {percent(own.of_dropped)} of the dropped '
+                     f'choices behind the first are dropped only because of later tokens in layer {layer}.',
+                     own.of_dropped, **where)
   for policy, own in touched.items():
     report.finding('evicted_tokens', 'eviction', f'Under {policy}, {percent(own)} of the tokens lose a choice to later '
                    'tokens in at least one sparse layer.', own, step=chosen.last, policy=policy)
   for policy, own in costs.items():
     if np.isfinite(own.excess.value):
-      report.finding('eviction_loss', 'eviction', f'Under {policy}, a token that loses a choice to later tokens, and none '
-                     f'otherwise, pays {_nats(own.excess)} of loss for it; over all tokens that is {_nats(own.total)}.',
+      report.finding('eviction_loss', 'eviction', f'Under {policy}, a token that loses a choice to later tokens, and '
+                     f'none otherwise, pays {_nats(own.excess)} of loss for it; over all tokens that is '
+                     f'{_nats(own.total)}.',
                      own.excess, 'nats per token', chance=0., step=chosen.last, policy=policy)
 
 
@@ -116,12 +123,13 @@ def _headline(report: Report, chosen: Selection, found, costs: Mapping[str, Cost
   dropped = mean_of([found[policy, layer].of_dropped for layer in chosen.layers])
   cost = ''
   if policy in costs and np.isfinite(costs[policy].excess.value):
-    cost = f'; it costs such a token {_nats(costs[policy].excess)} of loss, {_nats(costs[policy].total)} over all tokens'
+    own = costs[policy]
+    cost = f'; it costs such a token {_nats(own.excess)} of loss, {_nats(own.total)} over all tokens'
   report.finding(
-      'eviction', 'eviction', f'Eviction: under {policy} ({describe(chosen, policy)}) {percent(evicted)} of the choices behind '
-      f'the first lose their place to first choices of later tokens, which is {100 * dropped.value:.0f} % of those that are '
-      f'dropped (mean of the sparse layers), and {percent(touched[policy])} of the tokens lose one in some layer: the past '
-      f'depends on the future{cost}.', evicted, step=chosen.last, policy=policy, headline=True)
+      'eviction', 'eviction', f'Eviction: under {policy} ({describe(chosen, policy)}) {percent(evicted)} of the '
+      f'choices behind the first lose their place to first choices of later tokens, which is {100 * dropped.value:.0f} '
+      f'% of those that are dropped (mean of the sparse layers), and {percent(touched[policy])} of the tokens lose one '
+      f'in some layer: the past depends on the future{cost}.', evicted, step=chosen.last, policy=policy, headline=True)
 
 
 def _draw_shares(report: Report, chosen: Selection, found: Mapping[Tuple[str, int], Evictions],
@@ -134,17 +142,19 @@ def _draw_shares(report: Report, chosen: Selection, found: Mapping[Tuple[str, in
     panels.append((policy, [draw_lines.Dots(name, draw_lines.estimates(values)) for name, values in series]))
     lines += [(policy, chosen.last, layer, *e.evicted, *e.of_dropped, *e.tokens, *e.rescued)
               for layer, e in zip(chosen.layers, own)]
-  names = [f'{name}{end}' for name in ('evicted', 'evicted_of_dropped', 'tokens', 'rescued') for end in ('', '_low', '_high')]
+  names = [f'{name}{end}' for name in ('evicted', 'evicted_of_dropped', 'tokens', 'rescued')
+           for end in ('', '_low', '_high')]
   report.figure(
       'evictions', '', 'eviction', 'Choices that later tokens decide about',
-      'Of the choices behind the first, those that are dropped, and those that would be kept, were no later token there. For '
-      'each of these a first choice of a later token is kept. Bars are 95 % bootstrap intervals.',
-      lambda: draw_lines.dots(panels, chosen.layers, f'Second choices that are dropped, step {chosen.last}', 'sparse layer',
-                      'second choices'),
+      'Of the choices behind the first, those that are dropped, and those that would be kept, were no later token '
+      'there. For each of these a first choice of a later token is kept. Bars are 95 % bootstrap intervals.',
+      lambda: draw_lines.dots(panels, chosen.layers, f'Second choices that are dropped, step {chosen.last}',
+                              'sparse layer', 'second choices'),
       ['policy', 'step', 'layer', *names], lines)
 
 
-def _draw_along(report: Report, chosen: Selection, along: Mapping[Tuple[str, int], Tuple[ByPosition, ByPosition]]) -> None:
+def _draw_along(report: Report, chosen: Selection,
+                along: Mapping[Tuple[str, int], Tuple[ByPosition, ByPosition]]) -> None:
   names = ('dropped', 'dropped because of later tokens')
   for policy in chosen.drop_policies:
     if not any(along[policy, layer][0].mean.value for layer in chosen.layers):
@@ -158,11 +168,11 @@ def _draw_along(report: Report, chosen: Selection, along: Mapping[Tuple[str, int
                 for position, *values in zip(own.position, *own.curve)]
     report.figure(
         f'evictions_along_group_{policy}', '', 'eviction', f'Evictions along the routing group: {policy}',
-        f'Share of the choices behind the first that are dropped, and that are dropped only because of later tokens, by place '
-        f'in the routing group ({policy}: {describe(chosen, policy)}). Early tokens lose theirs to later ones; late ones come '
-        'too late.',
-        lambda: draw_lines.curves(panels, f'Second choices dropped along the routing group: {policy}', 'place in the group',
-                          'second choices'),
+        'Share of the choices behind the first that are dropped, and that are dropped only because of later tokens, '
+        f'by place in the routing group ({policy}: {describe(chosen, policy)}). Early tokens lose theirs to later '
+        'ones; late ones come too late.',
+        lambda: draw_lines.curves(panels, f'Second choices dropped along the routing group: {policy}',
+                                  'place in the group', 'second choices'),
         ['policy', 'step', 'layer', 'what', 'place', 'share', 'low', 'high'], lines)
 
 
@@ -170,10 +180,10 @@ def _draw_costs(report: Report, chosen: Selection, costs: Mapping[str, Cost]) ->
   series = [draw_lines.Dots(policy, draw_lines.estimates(own.fates)) for policy, own in costs.items()]
   report.figure(
       'eviction_loss', '', 'eviction', 'What dropped choices cost',
-      f'Loss under each policy minus loss without drops, on the same tokens at step {chosen.last}, by what happened to the '
-      'token over all sparse layers. Tokens with nothing dropped see the drops of others through attention.',
-      lambda: draw_lines.dots([('', series)], FATES, f'What dropped choices cost, step {chosen.last}', 'fate of the token',
-                      'extra loss (nats)', percent=False),
+      f'Loss under each policy minus loss without drops, on the same tokens at step {chosen.last}, by what happened to '
+      'the token over all sparse layers. Tokens with nothing dropped see the drops of others through attention.',
+      lambda: draw_lines.dots([('', series)], FATES, f'What dropped choices cost, step {chosen.last}',
+                              'fate of the token', 'extra loss (nats)', percent=False),
       ['policy', 'step', 'fate', 'share_of_tokens', 'loss', 'low', 'high'],
       [(policy, chosen.last, fate, own.shares[i], *own.fates[i]) for policy, own in costs.items()
        for i, fate in enumerate(FATES)])

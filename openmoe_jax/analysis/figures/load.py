@@ -38,8 +38,9 @@ def _findings(report: Report, chosen: Selection, layer: int, step: int, own: Loa
   dead, most = _dead(own), int(np.argmax(own.load.value))
   names = f' ({", ".join(map(str, own.dead))})' if own.dead else ''
   report.finding(
-      'dead_experts', 'load', f'In layer {layer} at step {step}, {dead.value:.0f} of {chosen.experts} experts{names} get '
-      f'less than a tenth of an equal share (with the intervals of their loads between {dead.low:.0f} and {dead.high:.0f}).',
+      'dead_experts', 'load', f'In layer {layer} at step {step}, {dead.value:.0f} of {chosen.experts} experts{names} '
+      f'get less than a tenth of an equal share (with the intervals of their loads between '
+      f'{dead.low:.0f} and {dead.high:.0f}).',
       dead, 'experts', **where)
   busiest = Estimate(*(float(part[most]) for part in own.load))
   report.finding(
@@ -55,8 +56,8 @@ def _draw_load(report: Report, chosen: Selection, found: Mapping[Tuple[int, int]
                      [str(step) for step in steps]) for layer in chosen.layers]
   report.figure(
       'load_over_training', '', 'load', 'Load of the experts over training',
-      'Choices that each expert gets at each checkpoint, first and second together, over an equal share: white is balanced, '
-      f'dark blue is dying (dead below {DEAD_LOAD:g}x).',
+      'Choices that each expert gets at each checkpoint, first and second together, over an equal share: white is '
+      f'balanced, dark blue is dying (dead below {DEAD_LOAD:g}x).',
       lambda: draw.share_maps(panels, 'Load of the experts over training', 'step'),
       ['layer', 'step', 'expert', 'load', 'low', 'high', 'dead'],
       [(layer, step, int(e), *(part[int(e)] for part in own.load), int(int(e) in own.dead))
@@ -77,13 +78,14 @@ def _draw_balance(report: Report, chosen: Selection, found: Mapping[Tuple[int, i
   even = draw_lines.Curve('equal share', x, plain(np.ones(len(x))), True)
   report.figure(
       'load_extremes', '', 'load', 'The busiest and the idlest expert over training',
-      'Load of the busiest and of the idlest expert of each layer over an equal share, with 95 % bootstrap intervals. An '
-      f'expert below {DEAD_LOAD:g} is counted as dead.',
+      'Load of the busiest and of the idlest expert of each layer over an equal share, with 95 % bootstrap intervals. '
+      f'An expert below {DEAD_LOAD:g} is counted as dead.',
       lambda: draw_lines.curves([draw_lines.Panel('busiest expert', [*busiest, even]),
-                         draw_lines.Panel('idlest expert', [*idlest, even])],
-                        'The busiest and the idlest expert over training', 'training step', 'x equal share', percent=False,
-                        ordered=True, markers=True),
-      ['layer', 'step', 'busiest', 'busiest_low', 'busiest_high', 'idlest', 'idlest_low', 'idlest_high', 'balance', 'dead'],
+                                 draw_lines.Panel('idlest expert', [*idlest, even])],
+                                'The busiest and the idlest expert over training', 'training step', 'x equal share',
+                                percent=False, ordered=True, markers=True),
+      ['layer', 'step', 'busiest', 'busiest_low', 'busiest_high', 'idlest', 'idlest_low', 'idlest_high', 'balance',
+       'dead'],
       [(chosen.layers[i], step, *(part[j] for part in busiest[i].y), *(part[j] for part in idlest[i].y),
         found[chosen.layers[i], step].balance, len(found[chosen.layers[i], step].dead))
        for i in range(len(chosen.layers)) for j, step in enumerate(chosen.steps)])
@@ -105,17 +107,18 @@ def _draw_alike(report: Report, chosen: Selection) -> None:
   header = ['step', 'layer', 'expert', 'other_expert', 'similarity', 'together']
   report.figure(
       'expert_similarity', '', 'load', 'Experts that serve the same tokens',
-      'Cosine of the token ids that two experts are chosen by: 1 where both serve the same ids in the same proportions, 0 '
-      f'where they share none; step {chosen.last}.',
-      lambda: draw.maps(alike, f'Similarity of experts, step {chosen.last}', 'expert', 'expert', 'cosine', (0., 1.), square=True),
+      'Cosine of the token ids that two experts are chosen by: 1 where both serve the same ids in the same '
+      f'proportions, 0 where they share none; step {chosen.last}.',
+      lambda: draw.maps(alike, f'Similarity of experts, step {chosen.last}', 'expert', 'expert', 'cosine', (0., 1.),
+                        square=True),
       header, lines)
   if chosen.choices > 1:
     report.figure(
         'experts_together', '', 'load', 'Experts that are chosen together',
         'How often the first two choices of a token are these two experts, over what their loads alone would give: red '
         f'pairs are chosen together, blue pairs are alternatives; step {chosen.last}.',
-        lambda: draw.share_maps(company, f'Experts chosen by the same token, step {chosen.last}', 'expert', 'x by chance',
-                        square=True),
+        lambda: draw.share_maps(company, f'Experts chosen by the same token, step {chosen.last}', 'expert',
+                                'x by chance', square=True),
         header, lines)
 
 

@@ -1,4 +1,4 @@
-"""Token ids as text, by the vocabulary that a recording names, without TensorFlow, which takes half a minute to come."""
+"""Token ids as text, by the vocabulary that a recording names, without TensorFlow, which takes long to import."""
 
 from typing import Any, Callable, Mapping
 
@@ -32,8 +32,8 @@ def recorded(about: Mapping[str, Any]) -> sentencepiece.SentencePieceProcessor:
   for i in reversed(range(extra_ids)):  # as seqio puts them there
     model.pieces.add(piece=f'▁<extra_id_{i}>', score=0., type=model.SentencePiece.USER_DEFINED)
   known = vocabulary_files.fingerprint(model.SerializeToString(deterministic=True), extra_ids)
-  require(known == about['vocabulary']['fingerprint'], f'vocabulary {path!r} is not the one that this was recorded with: '
-          f'its fingerprint is {known}, not {about["vocabulary"]["fingerprint"]}')
+  require(known == about['vocabulary']['fingerprint'], f'vocabulary {path!r} is not the one that this was recorded '
+          f'with: its fingerprint is {known}, not {about["vocabulary"]["fingerprint"]}')
   return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 

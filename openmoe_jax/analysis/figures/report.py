@@ -1,7 +1,7 @@
 """The folder that is written: pictures as PNG and SVG with the numbers behind them as csv, and findings.
 
-    DIR/figures.json    {'about': .., 'figures': [{name, paper, section, title, caption, png, svg, csv}, ..]}; tables have
-                        csv alone; paths are relative to DIR
+    DIR/figures.json    {'about': .., 'figures': [{name, paper, section, title, caption, png, svg, csv}, ..]}; tables
+                        have csv alone; paths are relative to DIR
     DIR/findings.json   {'findings': [the fields of `Finding`, ..]}; a number that is not known is null
 """
 

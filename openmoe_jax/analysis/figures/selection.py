@@ -33,7 +33,8 @@ class Group(NamedTuple):
 GROUPS = (Group('domains', 'domain', 'figure 5', ()),
           Group('languages', 'programming language', 'figure 6', ('language_*',)),
           Group('natural_languages', 'natural language', 'figure 7', ('manual_*',)),
-          Group('tasks', 'task', 'figure 8', ('part_*', 'mmlu*', 'trivia_qa*', 'human_eval*', 'bigbench*', 'mt_bench*')))
+          Group('tasks', 'task', 'figure 8',
+                ('part_*', 'mmlu*', 'trivia_qa*', 'human_eval*', 'bigbench*', 'mt_bench*')))
 
 
 class Wanted(NamedTuple):
@@ -61,15 +62,16 @@ class Selection:
     experts, choices: numbers of them.
 
   Raises:
-    ConfigError: nothing is recorded, or not what is wanted, or not for all steps and policies; a router in which experts
-      choose tokens, so that there is no first choice.
+    ConfigError: nothing is recorded, or not what is wanted, or not for all steps and policies; a router in which
+      experts choose tokens, so that there is no first choice.
   """
 
   def __init__(self, folder: paths.PathLike, wanted: Wanted = Wanted()):
     self.recording = Recording(folder)
     self.folder = str(folder)
     config = self.recording.config
-    require(bool(self.recording.layers), f'{folder}: this model has no sparse layers, so that there is no routing to show')
+    require(bool(self.recording.layers),
+            f'{folder}: this model has no sparse layers, so that there is no routing')
     require(config.router != 'expert_choice', f"{folder}: in a model with ModelConfig.router = 'expert_choice' experts "
             'choose tokens; these figures are about models whose tokens choose')
     self.experts, self.choices = config.num_experts, config.num_selected_experts
@@ -95,10 +97,10 @@ class Selection:
     """Raises `ConfigError` where there are too few tokens for intervals."""
     for domain in self.all_domains:
       rows = len(np.unique(self.read(self.layers[0], [], domains=[domain])['row']))
-      require(rows >= LEAST_ROWS, f'{self.folder}: {domain} has {rows} rows at step {self.last}; statistics need at least '
-              f'{LEAST_ROWS} of each domain; record more --tokens, or leave it out by flags such as --domains')
-    require(self.tokens() >= LEAST_TOKENS, f'{self.folder} holds {self.tokens()} tokens of step {self.last}; statistics need '
-            f'at least {LEAST_TOKENS}; record more --tokens')
+      require(rows >= LEAST_ROWS, f'{self.folder}: {domain} has {rows} rows at step {self.last}; statistics need at '
+              f'least {LEAST_ROWS} of each domain; record more --tokens, or leave it out by flags such as --domains')
+    require(self.tokens() >= LEAST_TOKENS, f'{self.folder} holds {self.tokens()} tokens of step {self.last}; '
+            f'statistics need at least {LEAST_TOKENS}; record more --tokens')
 
   @property
   def last(self) -> int:
@@ -162,9 +164,9 @@ class Selection:
       found['expert'] = found['expert'].astype(np.int64)
     first = table['expert_0']
     require(len(first) > 0, f'{self.folder}: {key.folder()} holds no tokens')
-    require((table['layer'] == layer).all() and int(first.max()) <= self.experts, f'{self.folder}: {key.folder()} holds '
-            f'files of another model: layer {int(table["layer"][0])}, expert {int(first.max())}, where layer {layer} of '
-            f'{self.experts} experts is expected')
+    require((table['layer'] == layer).all() and int(first.max()) <= self.experts, f'{self.folder}: {key.folder()} '
+            f'holds files of another model: layer {int(table["layer"][0])}, expert {int(first.max())}, where layer '
+            f'{layer} of {self.experts} experts is expected')
     asks = first < self.experts  # a token that asks for nobody is no part of any statistic
     return found if asks.all() else {name: values[asks] for name, values in found.items()}
 
@@ -202,17 +204,18 @@ def _grouped(folder: paths.PathLike, groups: Sequence[Group], there: Sequence[st
 
 
 def compared(first: Selection, folder: paths.PathLike, wanted: Wanted) -> Selection:
-  """A recording that `first` is compared with, at its own last step; ConfigError unless it is of such a model and text."""
+  """A recording to compare `first` with, at its own last step; ConfigError unless it is of such a model and text."""
   other = Selection(folder, wanted._replace(steps=()))
   for name in ('num_layers', 'num_experts', 'num_selected_experts', 'moe_interval'):
     own, there = (getattr(s.recording.config, name) for s in (first, other))
-    require(own == there, f'--compare: {folder} is of another model: ModelConfig.{name} = {there}, that of {first.folder} '
-            f'is {own}')
+    require(own == there, f'--compare: {folder} is of another model: ModelConfig.{name} = {there}, that of '
+            f'{first.folder} is {own}')
   for name in ('vocabulary', 'task_feature_lengths', 'split'):
     own, there = (s.recording.about.get(name) for s in (first, other))
     require(own == there, f'--compare: {folder} was recorded with {name} = {there}, {first.folder} with {own}')
-  require(other.all_domains == first.all_domains, f'--compare: {folder} has the domains {", ".join(other.all_domains)}, '
-          f'{first.folder} has {", ".join(first.all_domains)}; choose those of both by --domains')
+  require(other.all_domains == first.all_domains, f'--compare: {folder} has the domains '
+          f'{", ".join(other.all_domains)}, {first.folder} has {", ".join(first.all_domains)}; choose those of both '
+          'by --domains')
   return other
 
 

@@ -1,4 +1,4 @@
-"""Who goes where: share of tokens per expert by domain, programming language, natural language and task (figures 5 to 8)."""
+"""Who goes where: share of choices per expert by domain, programming and natural language, task (figures 5 to 8)."""
 
 from typing import Dict
 
@@ -40,18 +40,17 @@ def _figures(report, chosen, group, labels, found) -> None:
   panels = [draw.Map(f'layer {layer}', np.stack(list(own.values())), labels) for layer, own in found.items()]
   report.figure(
       f'fig{number:02d}_{group.name}', group.paper, 'specialisation', f'Experts by {group.what}',
-      f'Which experts the tokens of each {group.what} choose, first and second choices together, in every sparse layer at '
-      f'step {chosen.last}. White is an equal share of 1/{chosen.experts}, red is more, blue is less. Rows that look alike '
-      f'mean that experts do not divide the {what} among themselves.',
+      f'Which experts the tokens of each {group.what} choose, first and second choices together, in every sparse layer '
+      f'at step {chosen.last}. White is an equal share of 1/{chosen.experts}, red is more, blue is less. Rows that '
+      f'look alike mean that experts do not divide the {what} among themselves.',
       lambda: draw.share_maps(panels, f'Experts chosen by {group.what}, step {chosen.last}', '', UNIT),
       header, [line for layer in found for line in lines(layer)])
   for layer, own in found.items():
     report.figure(
         f'fig{number:02d}_{group.name}_layer{layer}', group.paper, 'specialisation',
         f'Experts by {group.what}, layer {layer}',
-        f'The same as radars for layer {layer}: each spoke is an expert, the dashed ring an equal share. All {what} have '
-        'the same scale.',
-        lambda: draw.radars([(labels[i], shares) for i, shares in own.items()],
+        f'The same as radars for layer {layer}: each spoke is an expert, the dashed ring an equal share. All {what} '
+        'have the same scale.', lambda: draw.radars([(labels[i], shares) for i, shares in own.items()],
                     f'Layer {layer}: experts by {group.what}, step {chosen.last}', f'spokes: experts; radius: {UNIT}'),
         header, lines(layer))
 

@@ -1,4 +1,4 @@
-"""Tables: the tokens that choose each expert most (tables 9 and 15), and two vocabularies on the recorded text (table 10)."""
+"""The tokens that choose each expert most (tables 9 and 15), and two vocabularies on the recorded text (table 10)."""
 
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
@@ -24,14 +24,16 @@ def top_tokens(report: Report, chosen: Selection, piece: Callable[[int], str]) -
                  for rank, (i, count, of_expert, of_token) in enumerate(own)]
   report.table(
       'table09_top_tokens', 'table 9', 'tables', 'Top tokens of each expert',
-      f'The {TOP} tokens that each expert gets most often, and the {TOP} (of at least {MIN_TOKENS} tokens) the largest share '
-      f'of whose choices it gets; step {chosen.last}, first and second choices. ␣ is a space, ⏎ the end of a line.',
+      f'The {TOP} tokens that each expert gets most often, and the {TOP} (of at least {MIN_TOKENS} tokens) the largest '
+      f'share of whose choices it gets; step {chosen.last}, first and second choices. ␣ is a space, ⏎ the end '
+      'of a line.',
       ['step', 'layer', 'expert', 'relative_load', 'most_frequent_tokens', 'most_typical_tokens'], short)
   report.table(
       'table15_top_tokens', 'table 15', 'tables', 'Top tokens of each expert, with their shares',
-      f'The same for {LONG} tokens each, one a line: how many choices of the token the expert gets, their share of all that '
-      'the expert gets, and their share of all choices of the token.',
-      ['step', 'layer', 'expert', 'by', 'rank', 'token_id', 'token', 'choices', 'share_of_expert', 'share_of_token'], long)
+      f'The same for {LONG} tokens each, one a line: how many choices of the token the expert gets, their share of all '
+      'that the expert gets, and their share of all choices of the token.',
+      ['step', 'layer', 'expert', 'by', 'rank', 'token_id', 'token', 'choices', 'share_of_expert', 'share_of_token'],
+      long)
 
 
 def _of_experts(expert: np.ndarray, token_id: np.ndarray, experts: int) -> List[Tuple[float, List, List]]:
@@ -59,7 +61,7 @@ def vocabularies(report: Report, chosen: Selection, tokenizers: Mapping[str, Any
   Args:
     report, chosen: see the others.
     tokenizers: {name: sentencepiece processor}, two of them; the first is that of the recording.
-    count: `tools.compare_tokenizers.count`.
+    count: `token_counts.count`.
   """
   texts = recorded_texts(chosen, next(iter(tokenizers.values())))
   texts['all'] = [text for own in list(texts.values()) for text in own]
@@ -71,7 +73,8 @@ def vocabularies(report: Report, chosen: Selection, tokenizers: Mapping[str, Any
   columns = [f'{what}_{name}' for name in tokenizers for what in ('tokens', 'vocabulary_used', 'bytes_a_token')]
   report.table(
       'table10_vocabularies', 'table 10', 'tables', f'Vocabularies: {" and ".join(tokenizers)}',
-      'The recorded text in both vocabularies: tokens it becomes, different pieces that it uses, and ratios first / second.',
+      'The recorded text in both vocabularies: tokens it becomes, different pieces that it uses, and ratios '
+      'first / second.',
       ['domain', 'characters', *columns, 'ratio_of_tokens', 'ratio_of_vocabulary_used'], lines)
 
 
