@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
   others = [selection.compared(chosen, folder, wanted(args)) for folder in names(args.compare)]
   report = report_lib.Report(args.output, about(chosen, others))
   sections, skipped = _sections(args, chosen, others), []
-  with Bar(len(sections), print, 'figures', lambda n: f'{n:.0f} sections') as bar:
+  with Bar(len(sections), print, 'figures', lambda n: f'{n:.2g} sections') as bar:
     for name, add in sections:
       try:
         add(report, chosen)

@@ -277,10 +277,11 @@ def _deviations(report: Report, chosen: Selection) -> None:
       lines[name] += [(chosen.last, layer, value, own[value], chance[value]) for value in own]
     own, chance = found['position']
     x = np.asarray([position for position in own if position > 0])  # 0 is always the start id
-    exact = lambda y: Estimate(*(np.asarray([y[i] for i in x]),) * 3)
-    as_curve = lambda name, y, dashed: draw_lines.Curve(name, x, exact(y), dashed)
-    by_position.append(draw_lines.Panel(f'layer {layer}', [as_curve('by position', own, False),
-                                                           as_curve('positions shuffled', chance, True)]))
+    real, drawn = (np.asarray([y[i] for i in x]) for y in (own, chance))
+    level = Estimate(*(np.full(len(x), level) for level in (drawn.mean(), *np.quantile(drawn, (.025, .975)))))
+    by_position.append(draw_lines.Panel(f'layer {layer}', [
+        draw_lines.Curve('by position', x, Estimate(real, real, real)),
+        draw_lines.Curve('positions shuffled', x, level, True)]))
     own, chance = found['token_id']
     require(len(own) > 0, f'figure 14: no token id occurs {MIN_TOKENS} times; record more tokens')
     by_token.append((f'layer {layer}', [(name, 100 * np.asarray(list(y.values()))) for name, y in (
@@ -296,9 +297,10 @@ def _deviations(report: Report, chosen: Selection) -> None:
         **_place(chosen, layer))
   report.figure(
       'fig13_position_deviation', 'figure 13', 'context', 'How uneven the experts of a position are',
-      'Standard deviation, from expert to expert, of the share of choices at each position. Dashed: with positions '
-      'shuffled, which is what the load of the experts and the number of tokens give. Lines that lie together mean '
-      'that positions have no experts of their own. Position 0, always the start id, is left out.',
+      'Standard deviation, from expert to expert, of the share of choices at each position. Dashed, '
+      'with a band that holds 95 % of the positions: positions shuffled, which is what the load of the experts and the '
+      'number of tokens give. A line within the band means that positions have no experts of their own. Position '
+      '0, always the start id, is left out.',
       lambda: draw_lines.curves(by_position, f'Unevenness of experts by position, step {chosen.last}',
                                 'position in the row', 'standard deviation of share'),
       ['step', 'layer', 'position', 'standard_deviation', 'shuffled'], lines['position'])
