@@ -32,7 +32,8 @@ class MetricWindow:
     self._steps += 1
     if batch_hash is not None:
       self._hashes.append(f'{int(batch_hash):08x}')
-    self.target_tokens += int(round(float(metrics[_SUM])))
+    weights = float(metrics[_SUM])
+    self.target_tokens += int(round(weights)) if math.isfinite(weights) else 0
     if metrics.get(_SKIPPED):
       self.skipped_steps += 1
       self.skipped_in_a_row += 1

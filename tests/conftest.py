@@ -8,11 +8,15 @@ import tempfile
 import hypothesis
 import pytest
 
-# Both are read once, when jax first asks for its devices. JAX_PLATFORMS from outside wins, so that a test can be tried
+# They are read once, when jax first asks for its devices. JAX_PLATFORMS from outside wins, so that a test can be tried
 # on an accelerator: JAX_PLATFORMS=cuda python -m pytest tests/model_test.py
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most of the time of the tests is XLA's compiler: without LLVM's costly passes and with the older way to emit fusions it
+# is done in 60 % of the time. Programs that tests start as processes of their own are compiled as for users.
+for flag in ('--xla_force_host_platform_device_count=8', '--xla_llvm_disable_expensive_passes=true',
+             '--xla_cpu_use_fusion_emitters=false'):
+  if flag.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # transformers copies the code of a model's folder to here: a place for every process, that is not the user's.
 _MODULES = tempfile.TemporaryDirectory(prefix='openmoe_jax_modules_')
