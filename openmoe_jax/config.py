@@ -210,6 +210,12 @@ class TrainConfig:
       skipping. A step whose loss or gradients are not finite is always skipped: it changes nothing but the position in
       the data. Parameters that are not finite always end the run.
     max_skipped_steps: see stop_on_nan; 1 ends the run at the first.
+    loss_spike_sigmas: warn of a loss so many standard deviations above the mean of the 128 steps before; 0 does not.
+    dead_expert_load: warn of experts that got less than this share of the mean load in ten logged windows in a row; 0
+      does not.
+    hang_minutes: end the run, with what every thread was doing, when no step is done for so long; 0 does not. Compiling,
+      evaluations and checkpoints may take longer.
+    lost_process_seconds: with several processes, one that gives no sign of life for so long ends the run on all of them.
   """
   train_steps: int = 1000
   num_microbatches: int = 1
@@ -218,6 +224,10 @@ class TrainConfig:
   eval_period: int = 1000
   stop_on_nan: bool = True
   max_skipped_steps: int = 10
+  loss_spike_sigmas: float = 6.0
+  dead_expert_load: float = 0.1
+  hang_minutes: float = 30.0
+  lost_process_seconds: float = 60.0
   plots: bool = True
   routing_metrics: bool = True
   max_metric_keys: int = 300
@@ -225,6 +235,9 @@ class TrainConfig:
   def __post_init__(self):
     integers(self, 1, 'train_steps', 'num_microbatches', 'log_period', 'max_skipped_steps')
     integers(self, 0, 'seed', 'eval_period', 'max_metric_keys')
+    not_negative(self, 'loss_spike_sigmas', 'dead_expert_load', 'hang_minutes', 'lost_process_seconds')
+    require(self.lost_process_seconds >= 5, f'TrainConfig.lost_process_seconds = {self.lost_process_seconds} must be at '
+            'least 5: a busy machine is silent for that long')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     return
   from openmoe_jax import launch
   launch.initialize(args.coordinator_address, args.num_processes, args.process_id)
-  evaluate(request)
+  launch.run_together(lambda: command_line.run_main(lambda _: evaluate(request)))
 
 
 def _parser() -> command_line.Parser:

@@ -2,6 +2,7 @@
 
   {"kind": "train", "step": 20, "tokens": 81920, "loss": 5.1, ..., "expert_load": [[1.0, 0.9, ...], ...]}
   {"kind": "eval", "step": 20, "tokens": 81920, "source": "demo_code", "loss": 5.3, "accuracy": 0.2, ...}
+  {"kind": "warning", "step": 23, "text": "loss spike: ..."}
 
 A resumed run first drops what was written after the step that it resumes from, so the file always tells one story.
 """

@@ -31,7 +31,8 @@ _INNOCENT_ENDINGS = ('.log', '.txt', '.out', '.err')
 # Settings that do not change which model is trained on which data in which order. They may change in a resumed run.
 _HARMLESS = ('model_dir', 'mesh.', 'checkpoint.', 'optimizer.', 'eval.', 'train.train_steps', 'train.log_period',
              'train.eval_period', 'train.plots', 'train.stop_on_nan', 'train.routing_metrics', 'train.max_metric_keys',
-             'train.max_skipped_steps', 'data.eval_', 'data.tfds_data_dir', 'data.module_imports',
+             'train.max_skipped_steps', 'train.loss_spike_sigmas', 'train.dead_expert_load', 'train.hang_minutes',
+             'train.lost_process_seconds', 'data.eval_', 'data.tfds_data_dir', 'data.module_imports',
              # the same function to rounding, computed in another way
              'model.dispatch', 'model.scan_blocks', 'model.remat', 'model.attention_query_blocks',
              'model.loss_chunk_tokens')

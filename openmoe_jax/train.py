@@ -13,11 +13,11 @@ import contextlib
 import functools
 import sys
 import time
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import jax
 
-from openmoe_jax import checkpoints, command_line, launch, paths, profiling, resume
+from openmoe_jax import checkpoints, command_line, ending, launch, paths, profiling, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
@@ -32,8 +32,9 @@ from openmoe_jax.writers import Writers, sparse_layers
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-  """The program openmoe-train. Exit status: 0 done or stopped and saved, 2 a mistake in the settings, 1 anything else."""
-  command_line.run_main(_main, argv)
+  """The program openmoe-train. Exit status: 0 done or stopped and saved, 2 a mistake in the settings, 3 another process
+  was lost or no step was done for too long (start again), 1 anything else."""
+  launch.run_together(lambda: command_line.run_main(_main, argv))
 
 
 def _main(argv: Optional[Sequence[str]]) -> None:
@@ -50,7 +51,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     print(command_line.format_config(run))
     return
   profile_steps = profiling.parse_steps(args.profile_steps) if args.profile_steps is not None else None
-  launch.initialize(args.coordinator_address, args.num_processes, args.process_id)
+  launch.initialize(args.coordinator_address, args.num_processes, args.process_id, run.train.lost_process_seconds)
   try:
     if args.replay_step is not None:
       from openmoe_jax.replay import replay
@@ -59,6 +60,8 @@ def _main(argv: Optional[Sequence[str]]) -> None:
       train(run, profile_steps)
   except (checkpoints.CheckpointError, TrainingError) as error:
     _fail(str(error))
+  except launch.ProcessError as error:
+    _fail(str(error), ending.START_AGAIN)
   except Exception as error:
     if not paths.is_disk_full(error):
       if isinstance(error, OSError) and str(error.filename or '').startswith(str(paths.path(run.model_dir))):
@@ -70,9 +73,9 @@ def _main(argv: Optional[Sequence[str]]) -> None:
           'Make room and start the same command again.')
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 1) -> NoReturn:
   print(f'openmoe-train: {message}', file=sys.stderr, flush=True)
-  sys.exit(1)
+  sys.exit(status)
 
 
 def train(run: RunConfig, profile_steps: Optional[Tuple[int, int]] = None) -> None:

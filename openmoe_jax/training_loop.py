@@ -1,21 +1,24 @@
 """The loop: steps, and after some of them a log record, an evaluation, a checkpoint, or the end."""
 
+import functools
 import time
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from openmoe_jax import launch
+from openmoe_jax import ending, launch
+from openmoe_jax.alarms import DeadExperts, LossSpikes
 from openmoe_jax.batch_hash import batch_hash
 from openmoe_jax.checkpoints import Checkpointer
 from openmoe_jax.config import RunConfig
 from openmoe_jax.evaluation import Evaluator
+from openmoe_jax.hang_detector import HangDetector
 from openmoe_jax.metric_window import MetricWindow, not_finite
 from openmoe_jax.profiling import StepProfiler
 from openmoe_jax.progress import Progress
 from openmoe_jax.train_state import TrainState
-from openmoe_jax.writers import Writers
+from openmoe_jax.writers import Writers, sparse_layers
 
 
 class TrainingError(RuntimeError):
@@ -49,7 +52,9 @@ class TrainingLoop:
     self._progress = progress
     self._tasks = tasks
     self._profiler = profiler or StepProfiler('', None)
+    self._hang = HangDetector(run.train.hang_minutes, functools.partial(ending.end_process, linger=launch.linger()))
     self._window = MetricWindow()
+    self._set_alarms({})
     self._evaluated = -1  # the last step after which there was an evaluation
     self._tasks_done = -1  # the same of tasks
     self._finite = jax.jit(lambda tree: jnp.all(jnp.asarray([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])))
@@ -67,17 +72,19 @@ class TrainingLoop:
     """
     step, end = int(state.step), self._run.train.train_steps
     self._window = MetricWindow(saved.get('window', {}))
+    self._set_alarms(saved)
     self._evaluated = saved.get('evaluated', -1)
     self._tasks_done = saved.get('tasks_done', -1)
     if step >= end:
       self._progress.say(f'step {step} is reached and train_steps = {end}: nothing to train; a larger TRAIN_STEPS goes on')
       return state
-    with self._progress, launch.StopRequest() as stop:
+    with self._progress, self._hang, launch.StopRequest() as stop:
       if saved and self._due(self._run.train.eval_period, step) and self._evaluated != step:
         self._evaluate(step, state)  # the last process was told to stop when this was due
       if saved and self._tasks_due(step):
         self._evaluate_tasks(step, state)
       state, step = self._steps(state, step, end, stop)
+      self._hang.pause()
       if step < end:
         self._save(step, state, wait=True)
         self._progress.say(f'{stop.signal}: stopped, checkpoint {step} is saved; the same command goes on from here')
@@ -120,6 +127,7 @@ class TrainingLoop:
         first = 0.
       if stopping or step == end:
         break
+      self._hang.pause()
       if evaluate:
         self._evaluate(step, state)
       if evaluate_tasks:
@@ -128,8 +136,14 @@ class TrainingLoop:
         self._save(step, state)
       if evaluate or evaluate_tasks or save or profiled:
         self._progress.clock.pause()
+      self._hang.alive(step)
     self._profiler.stop()
     return state, step
+
+  def _set_alarms(self, saved: Mapping[str, Any]) -> None:
+    train = self._run.train
+    self._loss_spikes = LossSpikes(train.loss_spike_sigmas, saved.get('loss_spikes', {}))
+    self._dead_experts = DeadExperts(train.dead_expert_load, sparse_layers(self._run.model), saved.get('dead_experts', {}))
 
   def _due(self, period: int, step: int) -> bool:
     return period > 0 and step % period == 0
@@ -142,12 +156,17 @@ class TrainingLoop:
     values, name = jax.device_get((metrics, name))
     self._checkpointer.check()
     self._progress.clock.tick()
+    self._hang.alive(step)
     skipped_before = self._window.skipped_in_a_row
     self._window.add(values, name)
     self._look_at(step, values, skipped_before)
+    if not values['skipped']:
+      self._warn(step, self._loss_spikes.after_step(float(values['loss'])))
     logged = self._due(self._run.train.log_period, step)
     if logged:
-      self._log(step)
+      means = self._log(step)
+      if 'expert_load' in means:
+        self._warn(step, self._dead_experts.after_window(means['expert_load'], self._run.train.log_period))
       self._window.restart()
     self._progress.update(step, values, logged)
 
@@ -160,10 +179,15 @@ class TrainingLoop:
     if self._run.train.stop_on_nan and row >= self._run.train.max_skipped_steps:
       self._stop(step, what, f' (skipped; {row} such in a row)')
     if row == 1:
-      self._progress.say(f'step {step}: {what}; the step is skipped, parameters and optimizer stay as they are')
+      self._warn(step, [f'{what}; the step is skipped, parameters and optimizer stay as they are'])
     elif skipped_before and not row:
-      self._progress.say(f'step {step}: finite again after {skipped_before} skipped steps; '
-                         f'{self._window.skipped_steps} since the run began')
+      self._warn(step, [f'finite again after {skipped_before} skipped steps; {self._window.skipped_steps} since the run '
+                        'began'])
+
+  def _warn(self, step: int, lines: Sequence[str]) -> None:
+    for line in lines:
+      self._progress.say(f'step {step}: {line}')
+      self._writers.warning(step, line)
 
   def _stop(self, step: int, what: str, note: str = '') -> None:
     """Raises `TrainingError`: training broke down at this step, in the way that `what` says."""
@@ -178,8 +202,10 @@ class TrainingLoop:
   def _tokens(self, step: int) -> int:
     return step * self._run.data.batch_size * self._run.data.row_length
 
-  def _log(self, step: int) -> None:
-    self._writers.train(step, {'tokens': self._tokens(step), **self._window.means(), **self._progress.rates()})
+  def _log(self, step: int) -> Mapping[str, Any]:
+    means = self._window.means()
+    self._writers.train(step, {'tokens': self._tokens(step), **means, **self._progress.rates()})
+    return means
 
   def _evaluate(self, step: int, state: TrainState) -> None:
     try:
@@ -207,8 +233,8 @@ class TrainingLoop:
     # A step is skipped for its gradients. An update of finite ones that broke down would show after it was saved.
     if not self._finite((state.params, state.opt_state, state.router_state)):
       self._stop(step, 'an update of the parameters or the optimizer state is not finite')
-    progress = {'window': self._window.state(), 'evaluated': self._evaluated,
-                'tasks_done': self._tasks_done}
+    progress = {'window': self._window.state(), 'evaluated': self._evaluated, 'tasks_done': self._tasks_done,
+                'loss_spikes': self._loss_spikes.state(), 'dead_experts': self._dead_experts.state()}
     self._checkpointer.save(state, self._streams.state(), progress, wait)
 
 

@@ -125,6 +125,10 @@ class Writers:
       self._board.write_scalars(step, {f'eval/{name}/{figure}': value
                                        for figure, value in scalars(record, self._model).items()})
 
+  def warning(self, step: int, text: str) -> None:
+    self.history.append({'kind': 'warning', 'step': step, 'text': text})
+    self.text(step, {'warnings': text})
+
   def text(self, step: int, texts: Mapping[str, str]) -> None:
     if self._board:
       self._board.write_texts(step, dict(texts))

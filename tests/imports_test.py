@@ -17,11 +17,12 @@ LONGEST = 500
 # layer as long as that makes no circle.
 LAYERS = (
     ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
-     'tensorflow_setup', 'cluster_environment', 'environment', 'launch'),
+     'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch'),
     ('layers', 'attention', 'dispatch', 'moe'),
     ('model', 'names'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
-     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'batch_hash', 'progress', 'profiling', 'sampling',
+     'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'alarms', 'batch_hash', 'progress',
+     'profiling', 'sampling',
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
      'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing', 'recording'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',

@@ -1,5 +1,8 @@
 """A seqio task of a few hundred short made-up texts, so that tests which start whole training runs start quickly."""
 
+import os
+import time
+
 import numpy as np
 
 from openmoe_jax import vocabulary
@@ -20,7 +23,35 @@ def _dataset(split, shuffle_files, seed=None):
   tf = import_tensorflow()
   texts = _texts(*{'train': (200, 1), 'validation': (40, 2)}[split])
   dataset = tf.data.Dataset.from_tensor_slices({'targets': texts})
+  for fault, happens in (('TINY_TASK_FAILS_AFTER', _fail), ('TINY_TASK_HANGS_AFTER', _hang)):
+    if os.environ.get(fault):
+      dataset = _after(tf, dataset, int(os.environ[fault]), happens)
   return dataset.shuffle(200, seed=seed) if shuffle_files else dataset
+
+
+def _after(tf, dataset, count, happens):
+  """The dataset, in which something happens once `count` texts have been read in this process."""
+  read = [0]
+
+  def look(text):
+    read[0] += 1
+    if read[0] > count:
+      happens()
+    return text
+
+  def same(example):
+    targets = tf.py_function(look, [example['targets']], tf.string)
+    targets.set_shape([])
+    return {'targets': targets}
+  return dataset.map(same)
+
+
+def _fail():
+  raise OSError('the disk of the texts is gone')
+
+
+def _hang():
+  time.sleep(1000)
 
 
 def _broken_validation(split, shuffle_files, seed=None):
