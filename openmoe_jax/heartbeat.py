@@ -40,7 +40,7 @@ class Heartbeat:
     self._name = f'{socket.gethostname()}, pid {os.getpid()}'
     self._beat = 0
     self._heard: Dict[int, tuple] = {}  # process -> (what it wrote last, when that was first seen)
-    self._stop = threading.Event()
+    self._stop, self._ending = threading.Event(), threading.Event()
     self._thread = threading.Thread(target=self._run, name='openmoe_heartbeat', daemon=True)
 
   def start(self) -> None:
@@ -59,7 +59,8 @@ class Heartbeat:
 
   def wait_for_verdict(self) -> None:
     """Returns when another process would have been found lost by now if it were: then this one is ended instead."""
-    time.sleep(self._lost_after + 3 * self.period)
+    if self._ending.wait(self._lost_after + 3 * self.period):
+      threading.Event().wait()
 
   def end_all(self, text: str, status: int) -> NoReturn:
     """Makes every other process end with this text and status, and ends this one, which has said so itself."""
@@ -89,7 +90,8 @@ class Heartbeat:
       if verdict and verdict['by'] != self._process:
         if verdict['by'] is not None:
           time.sleep(_GRACE)
-        ending.say(f'{verdict["text"]}. The run ends on all {self._count} processes; {ending.AGAIN}')
+        self._ending.set()
+        ending.say(f'{verdict["text"]}. The run ends on all {self._count} processes. {ending.AGAIN}')
         self._leave(verdict['status'])
 
   def _verdict(self) -> Optional[Dict[str, Any]]:

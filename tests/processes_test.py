@@ -51,7 +51,8 @@ def test_several_processes_compute_what_one_does(tmp_path, alone, count, devices
   with Processes(count, tmp_path, gin(tmp_path, train=TRAIN, mesh=mesh), devices=devices) as job:
     assert job.statuses() == [0] * count, job.text()
     assert f'on {count} hosts' in job.text() and f'step {STEPS}/{STEPS}' in job.text()
-    assert all(job.text(i) == '' for i in range(1, count))  # one host logs
+    for i in range(1, count):  # one host logs; what is there comes from gloo and seqio
+      assert not re.search('model_dir|loss|step|finished', job.text(i)), job.text(i)
   same_run(records(tmp_path), alone)
 
 

@@ -62,7 +62,7 @@ class Recorder:
   """Stands for streams, writers and checkpoints: notes what the loop gives it."""
 
   def __init__(self, batches):
-    self.batches, self.position, self.records, self.saved = batches, 0, [], {}
+    self.batches, self.position, self.records, self.saved, self.warnings = batches, 0, [], {}, []
 
   def __next__(self):
     self.position += 1
@@ -73,6 +73,9 @@ class Recorder:
 
   def train(self, step, record):
     self.records.append((step, record))
+
+  def warning(self, step, text):
+    self.warnings.append((step, text))
 
   def save(self, state, data_state, progress, wait=False):
     self.saved[int(state.step)] = (data_state, progress)
@@ -124,6 +127,7 @@ def test_skipped_steps_are_counted_said_once_and_left_out_of_means():
   assert error is None
   assert said == ['step 2: loss is nan; the step is skipped, parameters and optimizer stay as they are',
                   'step 5: finite again after 3 skipped steps; 3 since the run began']
+  assert [step for step, _ in noted.warnings] == [2, 5]
   records = dict(noted.records)
   assert records[2]['loss'] == 4 and records[6]['loss'] == 4 and 'loss' not in records[4]
   assert [records[step]['skipped_steps'] for step in (2, 4, 6)] == [1, 3, 3]

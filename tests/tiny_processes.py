@@ -56,7 +56,7 @@ class Processes:
     """Until process i says `text`."""
     end = time.monotonic() + seconds
     while text not in self.text(i):
-      assert self.processes[i].poll() is None and time.monotonic() < end, self.text(i)
+      assert self.processes[i].poll() is None and time.monotonic() < end, (self.processes[i].poll(), self.text(i))
       time.sleep(.01)
 
   def send(self, i, number=signal.SIGKILL) -> None:
