@@ -166,3 +166,14 @@ def test_parameters_that_are_not_finite_end_the_run_whatever_the_settings():
   for loss in (1., NAN):
     _, _, error = train([4., 4., loss, 4.], norms=[1., 1., INF, 1.], stop_on_nan=False)
     assert 'param_norm is inf at step 3: training stopped' in error
+
+
+def test_a_spike_is_warned_of_in_every_place_and_remembered():
+  losses = [2., 2.1] * 20 + [9., 9.] + [2.] * 3
+  noted, said, error = train(losses, log_period=10)
+  assert error is None
+  line = 'loss spike: 9 is 139.0 standard deviations above 2.05, the mean of the 40 steps before'
+  assert noted.warnings == [(41, line)] and said == [f'step 41: {line}']
+  position, progress = noted.saved[41]
+  assert progress['loss_spikes']['spiking'] and len(progress['loss_spikes']['losses']) == 41
+  assert not train(losses, first=position, saved=progress, log_period=10)[0].warnings  # the same episode
