@@ -214,7 +214,7 @@ class TrainConfig:
     dead_expert_load: warn of experts that got less than this share of the mean load in ten logged windows in a row; 0
       does not.
     hang_minutes: end the run, with what every thread was doing, when no step is done for so long; 0 does not. Compiling,
-      evaluations and checkpoints may take longer.
+      evaluations and checkpoints may take ten times as long.
     lost_process_seconds: with several processes, one that gives no sign of life for so long ends the run on all of them.
   """
   train_steps: int = 1000

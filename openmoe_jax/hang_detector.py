@@ -8,6 +8,7 @@ from typing import Callable
 from openmoe_jax import ending
 
 _MOST_SECONDS_BETWEEN_LOOKS = 5.
+_PATIENCE = 10  # times longer for what is no step
 
 
 class HangDetector:
@@ -16,7 +17,8 @@ class HangDetector:
   The time counts that this process was awake: a suspended machine or a stopped process is no hang.
 
   Args:
-    minutes: without a step until the process is ended with status 3; 0 never does.
+    minutes: without a step until the process is ended with status 3; ten times as many while it compiles, evaluates or
+      saves; 0 never does.
     end: called with what is to be said.
   """
 
@@ -44,17 +46,16 @@ class HangDetector:
     self._step, self._idle, self._paused = step, 0., False
 
   def pause(self) -> None:
-    """What follows until `alive` may take as long as it likes: compiling, an evaluation, a checkpoint."""
-    self._paused = True
+    """What follows until `alive` takes longer: compiling, an evaluation, a checkpoint."""
+    self._idle, self._paused = 0., True
 
   def _watch(self) -> None:
     period = min(self._limit / 10, _MOST_SECONDS_BETWEEN_LOOKS)
     while not self._stop.wait(period):
       self._idle += period
-      if self._paused:
-        self._idle = 0.
-      elif self._idle >= self._limit:
+      limit = self._limit * (_PATIENCE if self._paused else 1)
+      if self._idle >= limit:
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        self._end(f'no step for {self._limit / 60:g} minutes (TrainConfig.hang_minutes) after step {self._step}: what every '
-                  f'thread was doing is shown above. {ending.AGAIN}')
+        self._end(f'no step for {limit / 60:g} minutes (TrainConfig.hang_minutes = {self._limit / 60:g}) after step '
+                  f'{self._step}: what every thread was doing is shown above. {ending.AGAIN}')
         return

@@ -91,7 +91,8 @@ class Heartbeat:
         if verdict['by'] is not None:
           time.sleep(_GRACE)
         self._ending.set()
-        ending.say(f'{verdict["text"]}. The run ends on all {self._count} processes. {ending.AGAIN}')
+        more = ending.AGAIN if verdict['status'] == ending.START_AGAIN else 'Its own log says more.'
+        ending.say(f'{verdict["text"]}. The run ends on all {self._count} processes. {more}')
         self._leave(verdict['status'])
 
   def _verdict(self) -> Optional[Dict[str, Any]]:

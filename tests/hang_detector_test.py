@@ -41,7 +41,7 @@ def test_a_hang_ends_with_stacks_and_a_status_of_its_own():
   assert process.returncode == 3 and out == 'compiling\nhanging\n'
   assert 'in computes' in err and 'in load_the_next_batch' in err
   line = err.strip().splitlines()[-1]
-  assert 'no step for 0.00833333 minutes (TrainConfig.hang_minutes) after step 3' in line
+  assert 'no step for 0.00833333 minutes (TrainConfig.hang_minutes = 0.00833333) after step 3' in line
 
 
 @pytest.mark.slow
@@ -83,6 +83,11 @@ def test_after_a_pause_it_counts_again():
     time.sleep(1)
   line, = watched(use)
   assert 'after step 7' in line
+
+
+def test_what_is_no_step_may_take_ten_times_as_long_and_not_for_ever():
+  line, = watched(lambda hang: time.sleep(1.5), minutes=.05 / 60)
+  assert 'no step for 0.00833333 minutes' in line and 'after step 0' in line
 
 
 def test_zero_is_off():

@@ -23,19 +23,16 @@ def _dataset(split, shuffle_files, seed=None):
   tf = import_tensorflow()
   texts = _texts(*{'train': (200, 1), 'validation': (40, 2)}[split])
   dataset = tf.data.Dataset.from_tensor_slices({'targets': texts})
-  for fault, happens in (('TINY_TASK_FAILS_AFTER', _fail), ('TINY_TASK_HANGS_AFTER', _hang)):
+  for fault, happens in (('TINY_TASK_FAILS_WHEN', _fail), ('TINY_TASK_HANGS_WHEN', _hang)):
     if os.environ.get(fault):
-      dataset = _after(tf, dataset, int(os.environ[fault]), happens)
+      dataset = _when(tf, dataset, os.environ[fault], happens)
   return dataset.shuffle(200, seed=seed) if shuffle_files else dataset
 
 
-def _after(tf, dataset, count, happens):
-  """The dataset, in which something happens once `count` texts have been read in this process."""
-  read = [0]
-
+def _when(tf, dataset, file, happens):
+  """The dataset, in which something happens once a file is there."""
   def look(text):
-    read[0] += 1
-    if read[0] > count:
+    if os.path.exists(file):
       happens()
     return text
 
