@@ -21,6 +21,8 @@ class MeshConfig:
 
   Attributes:
     data, expert, model: sizes of the mesh axes; the batch is split over data and expert together.
+    pipe: stages of a pipeline, each with as many of the model's blocks; the microbatches of a step pass through them
+      (TrainConfig.num_microbatches). Vocabulary matrices are split over it, too.
     platform: 'cpu', 'gpu' or 'tpu' to insist on one; '' takes what JAX finds.
     fsdp: mesh axes, of data and expert, over which every large parameter and its optimizer state are split besides;
       a layer's parameters are brought together while it is computed. Experts' kernels, which are split over expert
@@ -30,6 +32,7 @@ class MeshConfig:
   data: int = -1
   expert: int = 1
   model: int = 1
+  pipe: int = 1
   platform: str = ''
   fsdp: Tuple[str, ...] = ()
   shard_optimizer: Tuple[str, ...] = ()
@@ -46,7 +49,7 @@ class MeshConfig:
       require(set(axes) <= set(FSDP[-1]) and len(set(axes)) == len(axes), f'MeshConfig.{name} = {axes!r} must be one of '
               f'{", ".join(map(str, FSDP))}')
       object.__setattr__(self, name, tuple(axis for axis in FSDP[-1] if axis in axes))
-    integers(self, 1, 'expert', 'model')
+    integers(self, 1, 'expert', 'model', 'pipe')
     integers(self, -1, 'data')
     require(self.data != 0,
             f'MeshConfig.data = {self.data!r} must be a positive integer, or -1 for all remaining devices')

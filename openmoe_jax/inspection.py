@@ -72,7 +72,7 @@ def inspect(run: RunConfig, length: int = 0, num_devices: int = 0) -> Dict[str, 
   Raises:
     ConfigError: the model cannot be split over the mesh.
   """
-  from openmoe_jax import partitioning
+  from openmoe_jax import partitioning, pipeline
   from openmoe_jax.analysis import flops, memory
   from openmoe_jax.analysis.parameters import count_parameters
   require(length >= 0 and num_devices >= 0, f'--length={length} and --num_devices={num_devices} must not be negative')
@@ -108,6 +108,9 @@ def inspect(run: RunConfig, length: int = 0, num_devices: int = 0) -> Dict[str, 
     from openmoe_jax.routers.groups import group_tokens
     report['routing'] = {'train': group_tokens(model, rows, length, True)._asdict(),
                          'eval': group_tokens(model, rows, length, False)._asdict()}
+  if mesh['pipe'] > 1:
+    report['pipeline'] = {'stages': mesh['pipe'], 'microbatches': run.train.num_microbatches,
+                          'bubble': pipeline.bubble(mesh['pipe'], run.train.num_microbatches)}
   try:
     partitioning.validate_mesh(model, mesh, microbatch, run.mesh.optimizer_fsdp)
   except ConfigError as error:
@@ -209,6 +212,9 @@ def _headline(report: Mapping[str, Any]) -> str:
     train, evaluation = report['routing']['train'], report['routing']['eval']
     lines.append(f'routing in {train["num_groups"]} groups of {train["group_size"]:,} tokens, expert capacity '
                  f'{train["capacity"]} in training, {evaluation["capacity"]} in evaluation')
+  if 'pipeline' in report:
+    lines.append('pipeline of {stages} stages, {microbatches} microbatch(es) a step: stages wait for {bubble:.1%} of the '
+                 'time'.format(**report['pipeline']))
   return '\n'.join(lines)
 
 

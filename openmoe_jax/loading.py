@@ -5,7 +5,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-import numpy as np
 
 from openmoe_jax import checkpoints
 from openmoe_jax import config as config_lib
@@ -13,7 +12,7 @@ from openmoe_jax import names
 from openmoe_jax import partitioning
 from openmoe_jax import paths
 from openmoe_jax import text_decoding
-from openmoe_jax.config import ConfigError, ModelConfig, require
+from openmoe_jax.config import ConfigError, MeshConfig, ModelConfig, require
 from openmoe_jax.convert import hf_tokenizer
 from openmoe_jax.convert.huggingface import HuggingFaceSource
 from openmoe_jax.convert.tensors import PARAMS
@@ -90,7 +89,7 @@ def load(path: paths.PathLike, mesh: Optional[jax.sharding.Mesh] = None, **chang
     CheckpointError: it is damaged.
   """
   if mesh is None:
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+    mesh = partitioning.make_mesh(MeshConfig(), jax.local_devices()[:1])
   if is_hugging_face(path):
     return _from_hugging_face(path, mesh, changes)
   directory = checkpoints.resolve(path)

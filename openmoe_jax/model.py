@@ -104,7 +104,22 @@ class Decoder(nn.Module):
   record_routing: bool = False
   decoding: bool = False
 
-  @nn.compact
+  def setup(self):
+    config, args = self.config, (self.config, self.record_routing, self.decoding)
+    if config.scan_blocks:
+      scanned = nn.scan(Block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True, 'router': True},
+                        in_axes=(nn.broadcast, nn.broadcast, 0, 0), length=config.num_blocks,
+                        # The check traces the body twice, and what is drawn depends on how often: initial values are
+                        # those of two times for ever, dropout is the same in the stages of a pipeline with one.
+                        check_constancy_invariants=self.is_initializing())
+      self.blocks = scanned(*args)
+    else:
+      layer = _remat(DecoderLayer, config.remat)
+      self.layers = [layer(config, config.is_sparse(i), *args[1:]) for i in range(config.num_layers)]
+    self.decoder_norm = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon)
+    self.logits_dense = Kernel((config.emb_dim, config.vocab_size), truncated_normal_init(config.init_scale))
+    self.Dropout_0, self.Dropout_1 = Dropout(config.dropout_rate), Dropout(config.dropout_rate)
+
   def __call__(self, x: jax.Array, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None,
                router_state: State = {}):
     """[B, L, D] -> hidden [B, L, D] in the activation dtype, output kernel [D, V], RoutingRecord or None, new.
@@ -112,31 +127,33 @@ class Decoder(nn.Module):
     `router_state` holds arrays with a leading axis of sparse layers. `cache` and `new` hold a KeysValues per layer, or
     per layer of a block with a leading axis of blocks if `scan_blocks`; `new` holds None unless `decoding`.
     """
-    config = self.config
-    x = Dropout(config.dropout_rate)(x, train).astype(config.residual_dtype)
-    if config.scan_blocks:
-      blocks = nn.scan(Block, variable_axes={'params': 0},
-                       split_rngs={'params': True, 'dropout': True, 'router': True},
-                       in_axes=(nn.broadcast, nn.broadcast, 0, 0), length=config.num_blocks)
-      index = None if cache is None else jnp.arange(config.num_blocks)
-      blocks = blocks(config, self.record_routing, self.decoding, name=STACKED)
-      (x, cache), (records, news) = blocks((x, cache), context, train, index, router_state)
-      news = news if cache is None else cache
-    else:
-      records, news = [], []
-      for i in range(config.num_layers):
-        of_layer = jax.tree.map(lambda leaf: leaf[i // config.moe_interval], router_state)
-        x, record, new = _remat(DecoderLayer, config.remat)(
-            config, config.is_sparse(i), self.record_routing, self.decoding, name=f'layers_{i}')(
-                x, context, train, None if cache is None else cache[i], of_layer)
-        records += [record] if record is not None else []
-        news.append(new)
-      records = jax.tree.map(lambda *leaves: jnp.stack(leaves), *records) if records else None
-    x = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon, name='decoder_norm')(x)
-    x = Dropout(config.dropout_rate)(jnp.where(context.logit_mask[:, :, None], x, 0), train)
-    shape = (config.emb_dim, config.vocab_size)
-    kernel = Kernel(shape, truncated_normal_init(config.init_scale), name='logits_dense')()
-    return constrain(x, 'batch', 'length', 'embed'), kernel, records, tuple(news)
+    x = self.enter(x, train)
+    run = self._scanned if self.config.scan_blocks else self._unrolled
+    x, records, news = run(x, context, train, cache, router_state)
+    return *self.leave(x, context, train), records, tuple(news)
+
+  def enter(self, x: jax.Array, train: bool) -> jax.Array:
+    """What comes before the blocks."""
+    return self.Dropout_0(x, train).astype(self.config.residual_dtype)
+
+  def leave(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, jax.Array]:
+    """What comes behind the blocks: hidden and output kernel."""
+    x = self.Dropout_1(jnp.where(context.logit_mask[:, :, None], self.decoder_norm(x), 0), train)
+    return constrain(x, 'batch', 'length', 'embed'), self.logits_dense()
+
+  def _scanned(self, x, context, train, cache, router_state):
+    index = None if cache is None else jnp.arange(self.config.num_blocks)
+    (x, cache), (records, news) = self.blocks((x, cache), context, train, index, router_state)
+    return x, records, news if cache is None else cache
+
+  def _unrolled(self, x, context, train, cache, router_state):
+    records, news = [], []
+    for i, layer in enumerate(self.layers):
+      of_layer = jax.tree.map(lambda leaf: leaf[i // self.config.moe_interval], router_state)
+      x, record, new = layer(x, context, train, None if cache is None else cache[i], of_layer)
+      records += [record] if record is not None else []
+      news.append(new)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records) if records else None, news
 
 
 ROUTER_STATE = 'router_state'  # the collection beside 'params'
@@ -148,6 +165,11 @@ def variables(params: Any, router_state: Optional[State] = None) -> Dict[str, An
   if 'params' in params:
     return params
   return {'params': params, **({ROUTER_STATE: router_state} if router_state else {})}
+
+
+def random_keys(key: Optional[jax.Array]) -> Dict[str, jax.Array]:
+  """The keys of `OpenMoE.apply` that follow from one key: of dropout, and of what routers draw. {} without a key."""
+  return {} if key is None else {'dropout': key, 'router': jax.random.fold_in(key, 1)}
 
 
 class OpenMoE(nn.Module):
@@ -197,11 +219,23 @@ class OpenMoE(nn.Module):
     hidden, kernel, _, new = self._run(context, False, cache)
     return hidden, kernel, new
 
+  def enter(self, batch: Mapping[str, jax.Array], train: bool = False) -> Tuple[jax.Array, BlockContext]:
+    """`features` up to the first block, for who runs the blocks by themselves (`pipeline`)."""
+    self._check_call(train)
+    context = make_context(self.config, batch)
+    return self.decoder.enter(self._embed(context), train), context
+
+  def leave(self, x: jax.Array, context: BlockContext, train: bool = False) -> Tuple[jax.Array, jax.Array]:
+    """`features` from the last block on: hidden and output kernel."""
+    return self.decoder.leave(x, context, train)
+
   def _run(self, context: BlockContext, train: bool, cache: Optional[Sequence[KeysValues]] = None):
-    x = constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
     state = init_state(self.config) if self.is_initializing() else dict(self.variables.get(ROUTER_STATE, {}))
     state.update({SURGERY: edits for name, edits in self.variables.items() if name == SURGERY})
-    return self.decoder(x, context, train, cache, state)
+    return self.decoder(self._embed(context), context, train, cache, state)
+
+  def _embed(self, context: BlockContext) -> jax.Array:
+    return constrain(self.token_embedder(context.token_ids), 'batch', 'length', 'embed')
 
   def _check_call(self, train: bool) -> None:
     """Says in the terms of this library what Flax would say in its own."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from openmoe_jax.config import FSDP, ConfigError, MeshConfig, ModelConfig, require
 
-MESH_AXES = ('data', 'expert', 'model')
+MESH_AXES = ('pipe', 'data', 'expert', 'model')  # the outermost needs the least bandwidth
 BATCH_AXES = ('data', 'expert')
 
 
@@ -51,11 +51,12 @@ RULES = {
     'kv': Rule(),
     'joined_kv': Rule('model'),
     'mlp': Rule('model'),
-    'vocab': Rule('model'),
+    'vocab': Rule(('model', 'pipe')),  # what comes before and behind the blocks is computed by all stages together
     'expert': Rule('expert'),
     'expert_mlp': Rule('model'),
     'capacity': Rule(),
-    'layers': Rule(),
+    'layers': Rule('pipe'),
+    'stage': Rule('pipe'),
     'unmodeled': Rule(),
 }
 
@@ -229,7 +230,7 @@ def keep(tree: Any, axes: Any, fsdp: Sequence[str]) -> Any:
 
 
 def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Mesh:
-  """A mesh with the axes data, expert and model over the devices of all processes.
+  """A mesh with the axes pipe, data, expert and model over the devices of all processes.
 
   Raises:
     ConfigError: the platform asked for is not there, or the sizes do not fit the number of devices.
@@ -239,14 +240,15 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
       devices = jax.devices(config.platform or None)
     except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS names a platform that is not there
       raise ConfigError(_no_devices(config.platform, error)) from error
-  count, rest = len(devices), config.expert * config.model
+  count, rest = len(devices), config.pipe * config.expert * config.model
   data = config.data if config.data > 0 else max(count // rest, 1)
-  require(data * rest == count, f'MeshConfig data x expert x model = {data} x {config.expert} x {config.model} = '
-          f'{data * rest} devices, but there are {count}' + _mesh_advice(count, rest))
-  shape = (data, config.expert, config.model)
+  pipe = (' x pipe', f' x {config.pipe}') if config.pipe > 1 else ('', '')
+  require(data * rest == count, f'MeshConfig data x expert x model{pipe[0]} = {data} x {config.expert} x {config.model}'
+          f'{pipe[1]} = {data * rest} devices, but there are {count}' + _mesh_advice(count, rest, pipe[0]))
+  shape = (config.pipe, data, config.expert, config.model)
   if devices[0].platform == 'tpu':  # topology-aware order, so that neighbours in the mesh are neighbours in the torus
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-  return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+  return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _no_devices(platform: str, error: BaseException) -> str:
@@ -259,9 +261,9 @@ def _no_devices(platform: str, error: BaseException) -> str:
   return f'{asked} was asked for, but JAX finds {found} ({reason}); see openmoe-inspect --environment'
 
 
-def _mesh_advice(count: int, rest: int) -> str:
+def _mesh_advice(count: int, rest: int, pipe: str) -> str:
   if count % rest:
-    return f': expert x model must divide {count}'
+    return f': expert x model{pipe} must divide {count}'
   return f'; data = {count // rest} or -1 would fit'
 
 
@@ -274,12 +276,18 @@ def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int, 
   Raises:
     ConfigError: naming the setting that does not divide.
   """
-  model_axis, expert_axis = mesh_shape['model'], mesh_shape['expert']
+  model_axis, expert_axis, stages = mesh_shape['model'], mesh_shape['expert'], mesh_shape['pipe']
   # Heads themselves need not divide (the original's 34B has 24 on 16): their features are split between them then.
   for name, size in (('num_heads * head_dim', model.num_heads * model.head_dim), ('mlp_dim', model.mlp_dim),
                      ('vocab_size', model.vocab_size)):
     require(size % model_axis == 0, f'ModelConfig.{name} = {size} must be a multiple of MeshConfig.model = {model_axis}'
             f'{_nearest(model_axis, size)}')
+  require(stages == 1 or model.scan_blocks, f'MeshConfig.pipe = {stages} splits stacked blocks: it needs '
+          'ModelConfig.scan_blocks = True')
+  require(model.num_blocks % stages == 0, f'MeshConfig.pipe = {stages} must divide the number of blocks of the model, '
+          f'{model.num_blocks} (ModelConfig.num_layers / moe_interval){_nearest(stages, model.num_blocks)}')
+  require(model.vocab_size % (model_axis * stages) == 0, f'ModelConfig.vocab_size = {model.vocab_size} must be a multiple '
+          f'of MeshConfig model x pipe = {model_axis * stages}')
   require(not model.num_experts or model.num_experts % expert_axis == 0, f'ModelConfig.num_experts = '
           f'{model.num_experts} must be a multiple of MeshConfig.expert = {expert_axis}'
           f'{_nearest(expert_axis, model.num_experts)}')

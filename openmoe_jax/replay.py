@@ -10,11 +10,11 @@ from openmoe_jax import checkpoints, data, metrics as metrics_lib, paths, resume
 from openmoe_jax.config import ConfigError, RunConfig, require
 from openmoe_jax.iterator_state import batches_before
 from openmoe_jax.loading import state_template
-from openmoe_jax.model import OpenMoE, variables
+from openmoe_jax.model import OpenMoE, random_keys, variables
 from openmoe_jax.partitioning import make_mesh, tree_shardings, validate_mesh
 from openmoe_jax.routers.state import init_state
 from openmoe_jax.train_state import init_params
-from openmoe_jax.train_step import loss_and_metrics, random_keys
+from openmoe_jax.train_step import loss_and_metrics
 from openmoe_jax.writers import sparse_layers
 
 _TEXT = 300   # characters shown of a row

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, T
 
 import jax
 
-from openmoe_jax import checkpoints, command_line, ending, launch, paths, profiling, resume
+from openmoe_jax import checkpoints, command_line, ending, launch, paths, pipeline, profiling, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
@@ -114,6 +114,10 @@ def train(run: RunConfig, profile_steps: Optional[Tuple[int, int]] = None) -> No
   progress.say(f'model_dir {run.model_dir}; {launch.describe_devices(mesh)}; '
                f'{sum(x.size for x in jax.tree.leaves(template.params)):,} parameters')
   profiler = profiling.StepProfiler(paths.path(run.model_dir) / profiling.FOLDER, profile_steps, progress.say)
+  if mesh.shape['pipe'] > 1:
+    stages, microbatches = mesh.shape['pipe'], run.train.num_microbatches
+    progress.say(f'pipeline of {stages} stages, {microbatches} microbatch(es) a step: stages wait for '
+                 f'{pipeline.bubble(stages, microbatches):.1%} of the time')
   for note in notes:
     progress.say(f'changed since the last checkpoint: {note}')
 

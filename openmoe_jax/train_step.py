@@ -9,10 +9,12 @@ import optax
 
 from openmoe_jax import metrics as metrics_lib
 from openmoe_jax import partitioning
+from openmoe_jax import pipeline
 from openmoe_jax.config import MeshConfig, ModelConfig, require
 from openmoe_jax.losses import chunked_cross_entropy
 from openmoe_jax.metrics import Metrics
-from openmoe_jax.model import OpenMoE, variables
+from openmoe_jax.model import OpenMoE, random_keys, variables
+from openmoe_jax.moe import RoutingRecord
 from openmoe_jax.optimizers import global_norm, updates_done
 from openmoe_jax.routers import state as router_state_lib
 from openmoe_jax.train_state import TrainState, keep_sharded
@@ -25,11 +27,6 @@ def target_weights(batch: Batch) -> jax.Array:
   if 'decoder_loss_weights' in batch:
     return jnp.asarray(batch['decoder_loss_weights'], jnp.float32)
   return (jnp.asarray(batch['decoder_target_tokens']) > 0).astype(jnp.float32)
-
-
-def random_keys(dropout_key: Optional[jax.Array]) -> dict:
-  """The keys of `OpenMoE.apply` that follow from one key: of dropout, and of what routers draw. {} without a key."""
-  return {} if dropout_key is None else {'dropout': dropout_key, 'router': jax.random.fold_in(dropout_key, 1)}
 
 
 def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool = True,
@@ -51,19 +48,55 @@ def loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool
   Raises:
     ConfigError: parameters or a batch that do not fit, or no key for dropout.
   """
+  if partitioning.num_shards('layers') > 1:
+    keys = None if dropout_key is None else dropout_key[None]
+    batch = {name: jnp.asarray(x)[None] for name, x in batch.items()}
+    return pipelined_loss_and_metrics(config, params, batch, train, keys, router_state)
   hidden, kernel, record = OpenMoE(config).apply(variables(params, router_state), batch, train,
                                                  rngs=random_keys(dropout_key), method='features')
+  extra = 0. if record is None else auxiliary_losses(config, record)
+  return _total(config, hidden, kernel, jnp.asarray(batch['decoder_target_tokens']), target_weights(batch), record, extra)
+
+
+def pipelined_loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, train: bool, keys: Optional[jax.Array],
+                               router_state: Optional[Any] = None) -> Tuple[jax.Array, Metrics]:
+  """Loss and metrics of microbatches [m, B, L] that pass through a pipeline together, weighted as in `gradients`.
+
+  `keys` [m] are the microbatches' dropout keys.
+  """
+  hidden, kernel, records = pipeline.features(config, variables(params, router_state), batch, train, keys)
   weights = target_weights(batch)
-  sums = chunked_cross_entropy(
-      hidden, kernel, jnp.asarray(batch['decoder_target_tokens']), weights, z_loss=config.z_loss,
-      label_smoothing=config.label_smoothing, chunk_tokens=config.loss_chunk_tokens)
+  share, extra, record = microbatch_shares(config, weights), 0., None
+  if records is not None:
+    extra = jnp.sum(share * auxiliary_losses(config, records))
+    of_tokens = microbatch_shares(config.replace(loss_normalization='target_tokens'), weights)
+    record = jax.tree.map(lambda x: jnp.tensordot(of_tokens, x, 1), records)
+  # A row of a microbatch stays on its device: rows lead, and what they have in all microbatches follows.
+  in_rows = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
+  return _total(config, in_rows(hidden), kernel, in_rows(jnp.asarray(batch['decoder_target_tokens'])), in_rows(weights),
+                record, extra)
+
+
+def auxiliary_losses(config: ModelConfig, record: RoutingRecord) -> jax.Array:
+  """The routers' losses, scaled: float32 [..] of arrays [.., sparse layers]."""
+  return (config.aux_loss_factor * jnp.mean(record.auxiliary_loss, axis=-1) +
+          config.router_z_loss_factor * jnp.mean(record.router_z_loss, axis=-1))
+
+
+def microbatch_shares(config: ModelConfig, weights: jax.Array) -> jax.Array:
+  """What each microbatch's loss counts in a step's: float32 [m] of target weights [m, B, L]."""
+  weights = weights.sum(axis=(1, 2))
+  return jnp.ones_like(weights) if config.loss_normalization == 'sum' else weights / jnp.maximum(weights.sum(), 1e-8)
+
+
+def _total(config, hidden, kernel, targets, weights, record, extra) -> Tuple[jax.Array, Metrics]:
+  sums = chunked_cross_entropy(hidden, kernel, targets, weights, z_loss=config.z_loss,
+                               label_smoothing=config.label_smoothing, chunk_tokens=config.loss_chunk_tokens)
   num_targets = jnp.sum(weights)
   loss = sums.loss
   if config.loss_normalization == 'target_tokens':
     loss = loss / jnp.maximum(num_targets, 1e-8)
-  if record is not None:
-    loss += config.aux_loss_factor * jnp.mean(record.auxiliary_loss)
-    loss += config.router_z_loss_factor * jnp.mean(record.router_z_loss)
+  loss += extra
   return loss, jax.lax.stop_gradient(metrics_lib.batch_means(sums, num_targets, loss, record))
 
 
@@ -98,14 +131,16 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
   grad_fn = jax.value_and_grad(lambda *args: loss_and_metrics(config, *args, router_state), has_aux=True)
   count = jax.tree.leaves(batch)[0].shape[0]
   key = lambda i: None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+  if partitioning.num_shards('layers') > 1:
+    keys = None if dropout_key is None else jax.vmap(key)(jnp.arange(count))
+    loss = lambda params: pipelined_loss_and_metrics(config, params, batch, True, keys, router_state)
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return grads, metrics
   if count == 1:
     (_, metrics), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch), True, key(0))
     return grads, metrics
 
-  weights = target_weights(batch).sum(axis=(1, 2))
-  share = weights / jnp.maximum(weights.sum(), 1e-8)
-  if config.loss_normalization == 'sum':
-    share = jnp.ones_like(share)
+  share = microbatch_shares(config, target_weights(batch))
 
   def step(carry, microbatch):
     i, share_i, arrays = microbatch

@@ -16,7 +16,7 @@ BENCH = ModelConfig(vocab_size=32128, emb_dim=256, mlp_dim=1024, num_heads=8, he
                     num_experts=16, group_size=256, dtype='float32')
 SMALL = ModelConfig(vocab_size=1024, emb_dim=128, mlp_dim=256, num_heads=4, head_dim=32, num_layers=4, moe_interval=2,
                     num_experts=8, group_size=256, dtype='float32', scan_blocks=False, attention_query_blocks=1)
-ONE_DEVICE = {'data': 1, 'expert': 1, 'model': 1}
+ONE_DEVICE = {'pipe': 1, 'data': 1, 'expert': 1, 'model': 1}
 
 
 def model(name):
@@ -197,7 +197,7 @@ def test_remat_keeps_less():
 
 def test_mesh_shape():
   config = MeshConfig(expert=2, model=3)
-  assert memory.mesh_shape(config) == {'data': 1, 'expert': 2, 'model': 3}
-  assert memory.mesh_shape(config, 12) == {'data': 2, 'expert': 2, 'model': 3}
+  assert memory.mesh_shape(config) == {'pipe': 1, 'data': 1, 'expert': 2, 'model': 3}
+  assert memory.mesh_shape(config, 12) == {'pipe': 1, 'data': 2, 'expert': 2, 'model': 3}
   with pytest.raises(ConfigError, match='10 devices'):
     memory.mesh_shape(config, 10)

@@ -19,7 +19,7 @@ LAYERS = (
     ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
      'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch'),
     ('layers', 'attention', 'dispatch', 'moe'),
-    ('model', 'names'),
+    ('model', 'names', 'pipeline'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'alarms', 'batch_hash', 'progress',
      'profiling', 'sampling',

@@ -212,16 +212,16 @@ def test_every_parameter_has_axes_that_exist():
   named = {'/'.join(partitioning.key_names(path)): names for path, names in
            jax.tree_util.tree_flatten_with_path(axes, is_leaf=partitioning.is_axes)[0]}
   specs = {name: partitioning.mesh_axes(names) for name, names in named.items()}
-  assert specs['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec(None, 'expert', None, 'model')
-  assert specs['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec(None, 'model', None)
-  assert specs['token_embedder/embedding'] == PartitionSpec('model', None)
+  assert specs['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec('pipe', 'expert', None, 'model')
+  assert specs['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec('pipe', 'model', None)
+  assert specs['token_embedder/embedding'] == PartitionSpec(('model', 'pipe'), None)
   # The same where they are kept with fsdp: large arrays alone are split further, experts not twice over one axis.
   kept = {name: partitioning.mesh_axes(names, ('data', 'expert')) for name, names in named.items()}
-  assert kept['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec(None, 'expert', 'data', 'model')
-  assert kept['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec(None, 'model', ('data', 'expert'))
-  assert kept['decoder/blocks/layers_0/pre_mlp_layer_norm/scale'] == PartitionSpec(None, None)
-  assert kept['decoder/blocks/layers_1/mlp/router/router_weights/w/kernel'] == PartitionSpec(None, None, None)
-  assert partitioning.mesh_axes(named['token_embedder/embedding'], ('data',)) == PartitionSpec('model', 'data')
+  assert kept['decoder/blocks/layers_1/mlp/expert/wi_0/kernel'] == PartitionSpec('pipe', 'expert', 'data', 'model')
+  assert kept['decoder/blocks/layers_0/mlp/wo/kernel'] == PartitionSpec('pipe', 'model', ('data', 'expert'))
+  assert kept['decoder/blocks/layers_0/pre_mlp_layer_norm/scale'] == PartitionSpec('pipe', None)
+  assert kept['decoder/blocks/layers_1/mlp/router/router_weights/w/kernel'] == PartitionSpec('pipe', None, None)
+  assert partitioning.mesh_axes(named['token_embedder/embedding'], ('data',)) == PartitionSpec(('model', 'pipe'), 'data')
   with pytest.raises(ConfigError, match='decoder/new_thing has no logical axes'):
     partitioning.param_axes(('decoder', 'new_thing'), 2)
   with pytest.raises(ConfigError, match='has 3 dimensions'):
@@ -240,7 +240,7 @@ def test_meshes_that_do_not_fit(settings, count, message):
 
 def test_mesh_takes_the_remaining_devices():
   mesh = partitioning.make_mesh(MeshConfig(expert=2, model=2), jax.devices()[:8])
-  assert dict(mesh.shape) == {'data': 2, 'expert': 2, 'model': 2}
+  assert dict(mesh.shape) == {'pipe': 1, 'data': 2, 'expert': 2, 'model': 2}
 
 
 def test_platform_that_is_not_there():
@@ -257,16 +257,16 @@ def test_platform_that_is_not_there():
     (dict(num_experts=6), dict(expert=4), 8, 'num_experts = 6 must be a multiple of MeshConfig.expert = 4; 3 would fit'),
     ({}, dict(data=2, expert=4), 12, '12 rows of a microbatch must be a multiple of MeshConfig data x expert = 8')))
 def test_models_that_do_not_fit_a_mesh(changes, mesh, rows, message):
-  shape = {'data': 1, 'expert': 1, 'model': 1, **mesh}
+  shape = {'pipe': 1, 'data': 1, 'expert': 1, 'model': 1, **mesh}
   with pytest.raises(ConfigError, match=message):
     partitioning.validate_mesh(model(**changes), shape, rows)
-  partitioning.validate_mesh(model(), {'data': 1, 'expert': 1, 'model': 1}, 3)
+  partitioning.validate_mesh(model(), {'pipe': 1, 'data': 1, 'expert': 1, 'model': 1}, 3)
 
 
 def test_splits_that_do_not_divide_the_width():
   with pytest.raises(ConfigError, match=r"fsdp or shard_optimizer = \('data', 'expert'\) splits ModelConfig.emb_dim = 8 into 16 "
                      r"parts, which do not divide it; \(\) or \('data',\) or \('expert',\) would fit"):
-    partitioning.validate_mesh(model(), {'data': 4, 'expert': 4, 'model': 1}, 16, ('data', 'expert'))
+    partitioning.validate_mesh(model(), {'pipe': 1, 'data': 4, 'expert': 4, 'model': 1}, 16, ('data', 'expert'))
   with pytest.raises(ConfigError, match=r"MeshConfig.fsdp = \('model',\) must be one of"):
     MeshConfig(fsdp=('model',))
   assert MeshConfig(fsdp=['expert', 'data']) == MeshConfig(fsdp=('data', 'expert'))

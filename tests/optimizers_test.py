@@ -421,7 +421,7 @@ def test_state_of_no_parameter_is_refused():
 def test_sharded_equals_one_device(shape):
   if jax.device_count() < 8:
     pytest.skip('needs 8 devices')
-  mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(shape), partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(1, *shape), partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
   params = small_params()
   gradients = [jax.tree.map(lambda x, s=s: jnp.cos(x * s), params) for s in (3.0, 5.0)]
   optimizer = optimizers.adafactor()

@@ -10,10 +10,9 @@ import math
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 import jax
-import numpy as np
 
 from openmoe_jax import command_line, decoding, loading, partitioning, paths, quantization
-from openmoe_jax.config import RunConfig, from_dict, require
+from openmoe_jax.config import MeshConfig, RunConfig, from_dict, require
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -42,7 +41,7 @@ def study(model: Any, mixture: str = '', batches: Optional[int] = None, tfds_dat
   run = from_dict(RunConfig, model.run)
   data = dataclasses.replace(run.data, **{name: value for name, value in changes.items() if value not in (None, '')})
   config = decoding.dropless(model.config)
-  mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+  mesh = partitioning.make_mesh(MeshConfig(), jax.local_devices()[:1])
   evaluator = Evaluator(dataclasses.replace(run, model=config, data=data), mesh, make_eval_step(config, mesh=mesh))
   rows = {}
   small = quantization.quantize_model(model)

@@ -40,11 +40,11 @@ def mesh_shape(mesh: MeshConfig, num_devices: int = 0) -> Dict[str, int]:
   Raises:
     ConfigError: the axes do not multiply to `num_devices`.
   """
-  rest = mesh.expert * mesh.model
+  rest = mesh.pipe * mesh.expert * mesh.model
   data = mesh.data if mesh.data > 0 else max(num_devices // rest, 1)
   require(not num_devices or data * rest == num_devices, f'{num_devices} devices are not MeshConfig data x expert x '
-          f'model = {data} x {mesh.expert} x {mesh.model}')
-  return {'data': data, 'expert': mesh.expert, 'model': mesh.model}
+          f'model x pipe = {data} x {mesh.expert} x {mesh.model} x {mesh.pipe}')
+  return {'pipe': mesh.pipe, 'data': data, 'expert': mesh.expert, 'model': mesh.model}
 
 
 def state_plan(run: RunConfig, mesh: Mapping[str, int]) -> Tuple[List[ArrayPlan], List[ArrayPlan]]:
@@ -120,7 +120,8 @@ def activation_bytes(run: RunConfig, length: int, mesh: Mapping[str, int]) -> fl
   """Estimated bytes on one device between a microbatch's forward and backward pass, the loss's logits included.
 
   With remat one layer's activations exist in full while it is differentiated (a scanned block is differentiated layer
-  by layer too, since every layer is its own remat region).
+  by layer too, since every layer is its own remat region). A stage of a pipeline keeps its own layers, for every
+  microbatch and for the steps in which it waits.
   """
   config = run.model
   rows = run.data.batch_size // run.train.num_microbatches
@@ -128,14 +129,16 @@ def activation_bytes(run: RunConfig, length: int, mesh: Mapping[str, int]) -> fl
   tokens = -(-rows // shards) * length
   full = [layer_activation_bytes(config, length, rows, config.is_sparse(i), mesh['model'])
           for i in range(config.num_layers)]
+  passes = run.train.num_microbatches + mesh['pipe'] - 1 if mesh['pipe'] > 1 else 1
   if config.remat == 'none':
-    layers = sum(full)
+    layers = passes * sum(full) / mesh['pipe']
   else:
-    layers = max(full) + sum(kept_bytes(config, config.is_sparse(i), mesh['model']) for i in range(config.num_layers))
+    kept = sum(kept_bytes(config, config.is_sparse(i), mesh['model']) for i in range(config.num_layers))
+    layers = max(full) + passes * kept / mesh['pipe']
   # While they exist: one block's attention scores and their gradient; a chunk's logits and theirs.
   act = jnp.dtype(config.dtype).itemsize
   scores = 2 * act * config.num_heads * length / _query_blocks(config, length) * tokens / mesh['model']
-  logits = 2 * 4 * min(config.loss_chunk_tokens, tokens) * config.vocab_size / mesh['model']
+  logits = 2 * 4 * min(config.loss_chunk_tokens, tokens) * config.vocab_size / mesh['model'] / mesh['pipe']
   return tokens * layers + max(scores, logits)
 
 

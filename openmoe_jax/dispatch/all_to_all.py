@@ -28,14 +28,17 @@ def apply_experts(x: jax.Array, assignment: Union[TokenAssignment, SlotAssignmen
   """
   if num_shards('expert') == 1 or x.shape[0] % num_shards('group'):
     return sort.apply_experts(x, assignment, experts, num_experts, capacity)
+  # Unchecked, gradients are averaged over the axis `model`, where they are equal; what is mapped over stages of a
+  # pipeline cannot be checked.
+  shard_map = functools.partial(jax.shard_map, check_vma=num_shards('stage') == 1)
 
-  @functools.partial(jax.shard_map, in_specs=_BY_GROUP, out_specs=(_BY_EXPERT, _BY_GROUP))
+  @functools.partial(shard_map, in_specs=_BY_GROUP, out_specs=(_BY_EXPERT, _BY_GROUP))
   def send(x, assignment):
     slots, back = sort.to_slots(x, assignment, num_experts, capacity)
     slots = jax.lax.all_to_all(slots, 'expert', split_axis=1, concat_axis=0, tiled=True)
     return slots.swapaxes(0, 1), back
 
-  @functools.partial(jax.shard_map, in_specs=(_BY_EXPERT, _BY_GROUP), out_specs=_BY_GROUP)
+  @functools.partial(shard_map, in_specs=(_BY_EXPERT, _BY_GROUP), out_specs=_BY_GROUP)
   def fetch(y, back):
     y = jax.lax.all_to_all(y.swapaxes(0, 1), 'expert', split_axis=0, concat_axis=1, tiled=True)
     return sort.from_slots(y, back, x.shape[1])

@@ -6,13 +6,12 @@ import time
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import jax
-import numpy as np
 
 from openmoe_jax import code_execution
 from openmoe_jax import decoding
 from openmoe_jax import partitioning
 from openmoe_jax.bar import Bar
-from openmoe_jax.config import DataConfig, EvalConfig, RunConfig, from_dict, require
+from openmoe_jax.config import DataConfig, EvalConfig, MeshConfig, RunConfig, from_dict, require
 from openmoe_jax.progress import short_number
 from openmoe_jax.task_eval import bigbench_lite, programs, seqio_tasks
 from openmoe_jax.task_eval.answers import Answerer
@@ -117,7 +116,7 @@ def _perplexity(settings: EvalConfig, data: DataConfig, mixture: str, model: Any
   config = decoding.dropless(model.config) if settings.capacity_mode == 'none' else decoding.t5x(model.config)
   mesh = model.mesh
   if mesh is None:
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+    mesh = partitioning.make_mesh(MeshConfig(), jax.local_devices()[:1])
   run = dataclasses.replace(from_dict(RunConfig, model.run), model=config,
                             data=dataclasses.replace(data, eval_mixture_or_task=mixture))
   records = Evaluator(run, mesh, make_eval_step(config, mesh=mesh))(model.variables)
