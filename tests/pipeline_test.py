@@ -62,7 +62,8 @@ def compare(changes, microbatches, mesh):
   for name in want:
     np.testing.assert_allclose(metrics[name], want[name], rtol=3e-6, atol=1e-6, err_msg=name)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())  # as in mesh_test
+    # Three times what mesh_test allows one sparse layer: here they are four, and rounding of one reaches all below it.
+    np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max())
 
 
 def test_evaluation():
