@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts, dropless
-from openmoe_jax.layers import Dropout, GatedMLP, Kernel, gate, hidden_widths, normal_init
+from openmoe_jax.layers import Dropout, GatedMLP, Kernel, gate, hidden_widths, linear, normal_init
 from openmoe_jax.partitioning import constrain
 from openmoe_jax.routers import online, switch
 from openmoe_jax.routers.groups import group_tokens
@@ -56,7 +56,7 @@ class Router(nn.Module):
     if key is not None and self.config.router_jitter:
       x = switch.jitter(x, self.config.router_jitter, key)
     # Accelerators would round the factors to 10 or 7 bits by default; next to nothing is saved, and decisions flip.
-    logits = [jnp.matmul(x, RouterWeights((x.shape[-1], width), name=name)(), precision='highest')
+    logits = [linear(x, RouterWeights((x.shape[-1], width), name=name)(), 'highest')
               for name, width in self.config.router_kernels.items()]
     return tuple(logits + [None, None])[:2]
 

@@ -13,9 +13,10 @@ from openmoe_jax.config import ModelConfig
 from openmoe_jax.metrics import PER_LAYER, with_shares
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
-from openmoe_jax.recording import forward as forward_lib, policies
+from openmoe_jax.recording import policies
 from openmoe_jax.routers import online
 from openmoe_jax.routers.groups import Grouping, group_tokens
+from openmoe_jax.routers.slots import in_token_order
 from openmoe_jax.routers.types import TokenAssignment
 from openmoe_jax.train_state import init_train_state
 from openmoe_jax.train_step import gradients, make_train_step, split_microbatches
@@ -82,7 +83,7 @@ def test_the_same_as_from_a_recording(params):
   assert grouping.batch * grouping.length > 21
   rows = lambda x: np.asarray(x).reshape(2, grouping.batch, grouping.length, -1)[:, :3, :7]
   kept, logits = rows(record.assignment.kept), rows(record.router_logits)
-  token_slot = rows(jax.vmap(lambda e: forward_lib.in_token_order(e, 4))(record.assignment.expert_index))
+  token_slot = rows(jax.vmap(lambda e: in_token_order(e, 4))(record.assignment.expert_index))
   inside = batch['decoder_input_tokens'] > 0
   inside[:, 0] = True
   probs = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)

@@ -14,7 +14,8 @@ from openmoe_jax.loading import Model
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from openmoe_jax.recording import collect, files, forward as forward_lib, policies, tables
-from openmoe_jax.recording.forward import forward, in_token_order
+from openmoe_jax.recording.forward import forward
+from openmoe_jax.routers.slots import in_token_order
 from tests import numpy_reference, routing_reference, tiny_checkpoint
 from tests.quick_jit import jit
 

@@ -12,6 +12,7 @@ import pytest
 from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.routers import groups as groups_lib
+from openmoe_jax.routers import slots
 from openmoe_jax.routers.types import flat_slots, slots_from_tokens, tokens_from_slots
 from tests import golden, routing_reference
 from tests.quick_jit import jit
@@ -161,6 +162,24 @@ def test_first_choices_come_before_second_ones():
   #                                             first  second
   assert np.asarray(got.assignment.kept)[0].tolist() == [[True, False], [True, False], [False, True]]
   assert np.asarray(got.assignment.slot)[0].tolist() == [[0, 1], [0, 2], [1, 0]]
+
+
+@pytest.mark.parametrize('tokens', (1, 16, 17, 75))  # blocks of 32 choices: parts of one, one, more
+def test_places_in_long_queues(tokens):
+  """Choices outside of the experts stand in no queue."""
+  expert = np.random.RandomState(tokens).randint(-1, 8, (2, tokens, 2))
+  by_rank, by_token = np.full((2, *expert.shape), -1)
+  for g in range(2):
+    for places, order in ((by_rank, [(t, s) for s in range(2) for t in range(tokens)]),
+                          (by_token, [(t, s) for t in range(tokens) for s in range(2)])):
+      length = dict.fromkeys(range(7), 0)
+      for t, s in order:
+        if expert[g, t, s] in length:
+          places[g, t, s] = length[expert[g, t, s]]
+          length[expert[g, t, s]] += 1
+  both = jit(lambda e: (slots.queue_positions(e, 7), slots.in_token_order(e, 7)))
+  for got, want in zip(both(expert), (by_rank, by_token)):
+    np.testing.assert_array_equal(got, want)
 
 
 def test_ties_go_to_the_lowest_expert():

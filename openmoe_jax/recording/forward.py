@@ -13,7 +13,7 @@ from openmoe_jax.attention import make_logit_mask
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.routers.groups import Grouping, group_tokens, ungroup
-from openmoe_jax.routers.slots import queue_positions
+from openmoe_jax.routers.slots import in_token_order
 
 
 class Routing(NamedTuple):
@@ -81,17 +81,3 @@ def _run(config: ModelConfig, params: Any, batch: Mapping[str, jax.Array]):
   return (own(assignment.expert_index).astype(jnp.int16), own(assignment.gate), own(assignment.slot),
           own(assignment.kept), own(token_slot), make_logit_mask(tokens),
           jnp.where(targets > 0, log_probs, jnp.nan))
-
-
-def in_token_order(expert_index: jax.Array, num_experts: int) -> jax.Array:
-  """Place of each choice in its expert's queue if tokens queue one after another with all of their choices.
-
-  Args:
-    expert_index: int32 [G, T, S]; values outside [0, E) take no place and get -1.
-
-  Returns:
-    int32 [G, T, S].
-  """
-  groups, tokens, selected = expert_index.shape
-  flat = expert_index.reshape(groups, tokens * selected, 1)
-  return queue_positions(flat, num_experts).reshape(groups, tokens, selected)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig
+from openmoe_jax.routers import slots
 from openmoe_jax.routers.groups import Grouping
-from openmoe_jax.routers.types import TokenAssignment
 
 _ENTROPY = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'frozen', 'expert_choice')  # routers with logits of all experts
 
@@ -58,7 +58,7 @@ def counts(config: ModelConfig, assignment: Any, logits: Optional[jax.Array], is
       share = jnp.sum(dropped & inside[..., None]), jnp.sum(is_token & inside) * config.num_selected_experts
       pairs[f'fraction_dropped_{name}_quarter'] = share
   if 'fraction_evicted' in names(config):
-    evicted = dropped & (_places_in_token_order(assignment, config.num_experts) < grouping.capacity)
+    evicted = dropped & (slots.in_token_order(assignment.expert_index, config.num_experts) < grouping.capacity)
     pairs['fraction_evicted'] = jnp.sum(evicted[..., 1:]), total * (config.num_selected_experts - 1)
   return jnp.asarray([pairs[name] for name in names(config)], jnp.float32).reshape(-1, 2)
 
@@ -70,11 +70,3 @@ def _entropy(config: ModelConfig, logits: jax.Array) -> jax.Array:
     affinity = jax.nn.sigmoid(logits)
     probs = affinity / jnp.sum(affinity, axis=-1, keepdims=True)
   return jnp.sum(jax.scipy.special.entr(probs), axis=-1) / math.log(config.num_experts)
-
-
-def _places_in_token_order(assignment: TokenAssignment, num_experts: int) -> jax.Array:
-  """Place of each choice in its expert's queue if tokens queued one after another with all of their choices, as far as
-  these are of different experts: int32 [G, T, S]."""
-  asked = jnp.sum(jax.nn.one_hot(assignment.expert_index, num_experts, dtype=jnp.int32), axis=2)
-  before = jnp.cumsum(asked, axis=1) - asked
-  return jnp.take_along_axis(before, jnp.minimum(assignment.expert_index, num_experts - 1), axis=2)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.routers.types import TokenAssignment
 
+_BLOCK = 32  # choices of a queue that are compared with each other
+
 
 def queue_positions(expert_index: jax.Array, num_experts: int) -> jax.Array:
   """Place of each choice in its expert's queue: all first choices in token order, then all second choices, ...
@@ -20,9 +22,30 @@ def queue_positions(expert_index: jax.Array, num_experts: int) -> jax.Array:
   """
   groups, tokens, selected = expert_index.shape
   queue = expert_index.swapaxes(1, 2).reshape(groups, selected * tokens)
-  one_hot = jax.nn.one_hot(queue, num_experts, dtype=jnp.int32)
-  position = jnp.sum(jnp.cumsum(one_hot, axis=1) * one_hot, axis=2) - 1
-  return position.reshape(groups, selected, tokens).swapaxes(1, 2)
+  return _places(queue, num_experts).reshape(groups, selected, tokens).swapaxes(1, 2)
+
+
+def in_token_order(expert_index: jax.Array, num_experts: int) -> jax.Array:
+  """As `queue_positions`, if tokens queued one after another with all of their choices."""
+  return _places(expert_index.reshape(expert_index.shape[0], -1), num_experts).reshape(expert_index.shape)
+
+
+def _places(queue: jax.Array, num_experts: int) -> jax.Array:
+  """How many equal numbers stand before each one: int32 [G, Q] -> [G, Q]; -1 for those outside [0, E).
+
+  Within a block by comparing all pairs, and from the blocks before by counting experts: a running sum of one-hot
+  vectors over the whole queue would cost E * log(Q) a choice.
+  """
+  groups, length = queue.shape
+  queue = jnp.pad(queue, ((0, 0), (0, -length % _BLOCK)), constant_values=num_experts).reshape(groups, -1, _BLOCK)
+  earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), bool), -1)
+  within = jnp.sum((queue[..., :, None] == queue[..., None, :]) & earlier, axis=-1, dtype=jnp.int32)
+  is_expert = queue[..., None] == jnp.arange(num_experts)
+  counts = jnp.sum(is_expert, axis=2, dtype=jnp.int32)
+  before = jnp.cumsum(counts, axis=1) - counts
+  places = within + jnp.sum(jnp.where(is_expert, before[:, :, None], 0), axis=-1)
+  places = jnp.where((queue >= 0) & (queue < num_experts), places, -1)
+  return places.reshape(groups, -1)[:, :length]
 
 
 def token_order(config: ModelConfig, confidence: jax.Array, key: Optional[jax.Array]) -> Optional[jax.Array]:
