@@ -1,5 +1,6 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
-# make test      the quick tests              make test-all   the slow ones, and those that need PyTorch or lm-eval
+# make test      the quick tests              make test-all   the slow ones, and those that need PyTorch, lm-eval or the
+#                                                            TPU compiler
 # make routing-study-small   what the demo's routers do: records its checkpoints, draws figures, writes a report
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
@@ -25,13 +26,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.openmoe_jax_installed
 TORCH_INSTALLED := $(VENV)/.openmoe_jax_torch_installed
 EVAL_INSTALLED := $(VENV)/.openmoe_jax_eval_installed
+TPU_INSTALLED := $(VENV)/.openmoe_jax_tpu_installed
 DEMO_DIR := runs/demo
 DATA_DEMO_DIR := runs/data_demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
 .PHONY: demo test test-all bench bench-decode bench-data conversion-study routing-study-small router-study install \
-	install-torch install-eval data-demo data-study clean
+	install-torch install-eval install-tpu data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)
@@ -45,10 +47,10 @@ routing-study-small: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.routing_study_small --model_dir=$(DEMO_DIR) $(FLAGS)
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch and not lm_eval"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch and not lm_eval and not tpu"
 
-test-all: $(TORCH_INSTALLED) $(EVAL_INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch or lm_eval"
+test-all: $(TORCH_INSTALLED) $(EVAL_INSTALLED) $(TPU_INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch or lm_eval or tpu"
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
@@ -79,6 +81,8 @@ install-torch: $(TORCH_INSTALLED)
 
 install-eval: $(EVAL_INSTALLED)
 
+install-tpu: $(TPU_INSTALLED)
+
 # --no-deps: t5 declares seqio-nightly and tfds-nightly, which overwrite the folders of seqio and tensorflow-datasets.
 # --no-compile: half of the files are never imported; Python compiles the others when they are.
 $(INSTALLED): requirements.lock setup.py pyproject.toml
@@ -102,6 +106,11 @@ $(EVAL_INSTALLED): $(INSTALLED) requirements-eval.lock
 	@echo "Installing lm-eval into $(VENV)"
 	@$(PIP) install --quiet --no-deps --no-compile -r requirements-eval.lock
 	@$(VENV)/bin/python -c "import lm_eval.evaluator"
+	@touch $@
+
+$(TPU_INSTALLED): $(INSTALLED) requirements-tpu.lock
+	@echo "Installing the TPU compiler into $(VENV)"
+	@$(PIP) install --quiet --no-deps --no-compile -r requirements-tpu.lock
 	@touch $@
 
 clean:

@@ -99,6 +99,7 @@ setup(
             'openmoe-eval = openmoe_jax.eval:main',
             'openmoe-lm-eval = openmoe_jax.lm_harness:main',
             'openmoe-analyze = openmoe_jax.analyze:main',
+            'openmoe-compile-report = openmoe_jax.compile_report:main',
         ],
     },
     classifiers=[

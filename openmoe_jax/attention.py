@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from openmoe_jax import splash
 from openmoe_jax.config import ConfigError, ModelConfig, require
 from openmoe_jax.layers import Dropout, Kernel, linear, normal_init
-from openmoe_jax.partitioning import constrain
+from openmoe_jax.partitioning import constrain, on_tpu
 
 # What the model and its loss read of a batch (SPEC 10); decoder_positions is ignored, as in the original.
 FEATURES = ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights', 'decoder_segment_ids',
@@ -156,7 +157,9 @@ class SelfAttention(nn.Module):
     if train and config.dropout_rate:  # one mask of keys for all queries of a row and head, as in T5X
       keep = Dropout(config.dropout_rate)(jnp.ones((x.shape[0], heads, 1, x.shape[1]), x.dtype), train)
     new = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    if cache is None:
+    if cache is None and config.attention == 'splash' and on_tpu() and splash.usable(x.shape[1]):
+      out = splash_attention(q, k, v, context)
+    elif cache is None:
       out = blocked_attention(q, k, v, context, config.attention_query_blocks, keep)
     else:  # Written before it is read: the other way round XLA would copy the cache in every step.
       new = write_slot(cache, new, context)
@@ -200,6 +203,21 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockCo
   A block of queries meets only the keys up to its end, which saves almost half of the causal square. Queries whose
   target is padding may see nothing and are put in separately, see `_blind_attention`.
   """
+  out = _in_blocks(q, k, v, context, num_blocks, keep)
+  return _with_blind(out, q, k, v, context, keep)
+
+
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockContext) -> jax.Array:
+  """As `blocked_attention`, by a kernel for TPU."""
+  out = splash.attention(q, k, v, splash.ids_of(context.is_target, context.segment_ids))
+  return _with_blind(out, q, k, v, context)
+
+
+def _with_blind(out, q, k, v, context: BlockContext, keep=None):
+  return jnp.where(context.is_target[:, :, None, None], out, _blind_attention(q, k, v, keep))
+
+
+def _in_blocks(q, k, v, context: BlockContext, num_blocks: int, keep):
   length = q.shape[1]
   if context.bidirectional is not None:
     num_blocks = 1
@@ -211,7 +229,7 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, context: BlockCo
     mask = attention_mask(context, slice(start, stop), keys)
     factor = None if keep is None else keep[..., keys]
     outs.append(_attend(q[:, start:stop], k[:, keys], v[:, keys], mask, factor))
-  return jnp.where(context.is_target[:, :, None, None], jnp.concatenate(outs, axis=1), _blind_attention(q, k, v, keep))
+  return jnp.concatenate(outs, axis=1)
 
 
 @jax.custom_vjp

@@ -74,7 +74,7 @@ def t5x(config: ModelConfig) -> ModelConfig:
 def for_prompts(config: ModelConfig, length: int) -> ModelConfig:
   """The same model, with attention that holds the scores of few queries of a long row at a time."""
   blocks = max(config.attention_query_blocks, -(-length // QUERY_BLOCK))
-  return config.replace(remat='none', attention_query_blocks=min(blocks, length))
+  return config.replace(remat='none', attention='blocked', attention_query_blocks=min(blocks, length))
 
 
 def check_tokens(config: ModelConfig, tokens: Any, lengths: Any, least: int, name: str = 'prompt'

@@ -129,7 +129,7 @@ def sharding_rows(run: RunConfig, mesh: Mapping[str, int]) -> List[Dict[str, Any
   """Every array of the train state as it is held (blocks stacked where they are scanned), and its part per device."""
   from openmoe_jax.analysis import memory
   rows = []
-  for kind, plans in zip(('parameter', 'optimizer'), memory.state_plan(run, mesh)):
+  for kind, plans in zip(('parameter', 'optimizer'), memory.state_plan(run, mesh)[:2]):
     for plan in plans:
       rows.append({'kind': kind, 'name': plan.name, 'shape': list(plan.shape), 'dtype': plan.dtype,
                    'spec': [list(a) if isinstance(a, tuple) else a for a in plan.spec], 'bytes': plan.bytes,

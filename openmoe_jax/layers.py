@@ -6,10 +6,11 @@ from typing import Callable, Optional, Sequence, Tuple
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.partitioning import gather, param_axes
+from openmoe_jax.partitioning import BATCH_AXES, gather, kept_over, num_shards, param_axes, split_over
 
 
 def normal_init(scale: float, fan_in: int) -> Callable:
@@ -32,10 +33,11 @@ class Kernel(nn.Module):
   init: Callable
 
   @nn.compact
-  def __call__(self, dtype: Optional[jnp.dtype] = None) -> jax.Array:
+  def __call__(self, dtype: Optional[jnp.dtype] = None, gathered: bool = True) -> jax.Array:
     kernel = self.param('kernel', self.init, self.shape, jnp.float32)
     kernel = kernel if dtype is None else kernel.astype(dtype)
-    return gather(kernel, *param_axes(self.path + ('kernel',), len(self.shape), in_block=True))
+    axes = param_axes(self.path + ('kernel',), len(self.shape), in_block=True)
+    return gather(kernel, *axes) if gathered else kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -81,9 +83,65 @@ class TokenEmbedder(nn.Module):
   def __call__(self, ids: jax.Array) -> jax.Array:
     config = self.config
     table = self.param('embedding', nn.initializers.normal(1.), (config.vocab_size, config.emb_dim), jnp.float32)
-    ids = jnp.where(ids < 0, config.vocab_size, ids)  # a negative index would count from the end
-    table = gather(jnp.asarray(table), 'vocab', 'embed')
-    return table.at[ids].get(mode='fill', fill_value=0).astype(config.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+      return _rows_of(jnp.asarray(table), ids).astype(config.dtype)
+    return _embed(jnp.asarray(table), ids, jnp.dtype(config.dtype))
+
+
+def _rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+  ids = jnp.where(ids < 0, table.shape[0], ids)  # a negative index would count from the end
+  return table.at[ids].get(mode='fill', fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """On a mesh: a device looks up the ids of its own rows in its part of the vocabulary, [V, D], [B, L] -> [B, L, D].
+
+  The table is cast before it is brought together; its gradient is added up in float32.
+  """
+  vocab, (fsdp, _) = split_over('vocab', table.shape[0]), kept_over('embed')
+
+  def local(table, ids):
+    table = table.astype(dtype)
+    if fsdp:
+      table = jax.lax.all_gather(table, fsdp, axis=1, tiled=True)
+    if not vocab:
+      return _rows_of(table, ids)
+    return jax.lax.psum(_rows_of(table, ids - jax.lax.axis_index(vocab) * table.shape[0]), vocab)
+
+  rows = PartitionSpec(BATCH_AXES)
+  return jax.shard_map(local, in_specs=(PartitionSpec(vocab or None, fsdp or None), rows), out_specs=rows, check_vma=False)(
+      table, _even(ids, -1))[:ids.shape[0]]
+
+
+def _even(x: jax.Array, fill: int) -> jax.Array:
+  """As many more rows as make their number a multiple of the mesh's parts of a batch."""
+  return jnp.pad(x, ((0, -x.shape[0] % num_shards('batch')),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+
+
+def _embed_bwd(dtype, residuals, dy):
+  del dtype
+  table, ids = residuals
+  vocab, (_, fsdp) = split_over('vocab', table.shape[0]), kept_over('embed')
+
+  def local(ids, dy):
+    size = table.shape[0] // (jax.lax.axis_size(vocab) if vocab else 1)
+    at = ids - jax.lax.axis_index(vocab) * size if vocab else ids
+    at = jnp.where(at < 0, size, at)
+    dtable = jnp.zeros((size, table.shape[1]), jnp.float32).at[at].add(dy.astype(jnp.float32), mode='drop')
+    if fsdp:
+      dtable = jax.lax.psum_scatter(dtable, fsdp, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in BATCH_AXES if axis not in fsdp)
+    return jax.lax.psum(dtable, rest) if rest else dtable
+
+  rows = PartitionSpec(BATCH_AXES)
+  dtable = jax.shard_map(local, in_specs=(rows, rows), out_specs=PartitionSpec(vocab or None, fsdp or None), check_vma=False)(
+      _even(ids, -1), _even(dy, 0))
+  return dtable, None
+
+
+_embed.defvjp(lambda table, ids, dtype: (_embed(table, ids, dtype), (table, ids)), _embed_bwd)
 
 
 class Dropout(nn.Module):

@@ -11,12 +11,13 @@ from openmoe_jax.attention import BlockContext, KeysValues, SelfAttention, make_
 from openmoe_jax.config import ModelConfig, require
 from openmoe_jax.layers import Dropout, GatedMLP, Kernel, RMSNorm, TokenEmbedder, truncated_normal_init
 from openmoe_jax.moe import MoE, RoutingRecord
-from openmoe_jax.partitioning import STACKED, all_but_gathered, constrain, is_finely_split
+from openmoe_jax.partitioning import STACKED, all_but_gathered, constrain, gather, is_finely_split
 from openmoe_jax.routers.state import State, check_state, init_state
 from openmoe_jax.routers.surgery import SURGERY
 
-# Sub-layer outputs that the remat policy 'minimal' keeps.
+# Sub-layer outputs that the remat policy 'minimal' keeps; 'offload' keeps them and the layer's input, on the host.
 REMAT_NAMES = ('attention_out', 'mlp_out', 'extra_mlp_out')
+LAYER_INPUT = 'layer_input'
 
 
 def _remat(layer: Any, policy: str) -> Any:
@@ -27,6 +28,9 @@ def _remat(layer: Any, policy: str) -> Any:
       'full': jax.checkpoint_policies.nothing_saveable,
       'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
       'minimal': jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES),
+      'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+          names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT, *REMAT_NAMES], offload_src='device',
+          offload_dst='pinned_host'),
   }
   # prevent_cse is only needed outside of scan, but blocks can be unrolled too.
   return nn.remat(layer, policy=policies[policy], static_argnums=(3,), prevent_cse=True)
@@ -48,6 +52,7 @@ class DecoderLayer(nn.Module):
                ) -> Tuple[jax.Array, Optional[RoutingRecord], Optional[KeysValues]]:
     config = self.config
     mask = context.logit_mask[:, :, None]
+    x = checkpoint_name(x, LAYER_INPUT)
 
     def normed(name):
       y = RMSNorm(jnp.dtype(config.dtype), config.layer_norm_epsilon, name=name)(x)
@@ -99,7 +104,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Layers, final norm and the output matrix (whose product is left to the caller)."""
+  """Layers, final norm and the output matrix as it is kept (its product is left to the caller)."""
   config: ModelConfig
   record_routing: bool = False
   decoding: bool = False
@@ -139,7 +144,7 @@ class Decoder(nn.Module):
   def leave(self, x: jax.Array, context: BlockContext, train: bool) -> Tuple[jax.Array, jax.Array]:
     """What comes behind the blocks: hidden and output kernel."""
     x = self.Dropout_1(jnp.where(context.logit_mask[:, :, None], self.decoder_norm(x), 0), train)
-    return constrain(x, 'batch', 'length', 'embed'), self.logits_dense()
+    return constrain(x, 'batch', 'length', 'embed'), self.logits_dense(gathered=False)
 
   def _scanned(self, x, context, train, cache, router_state):
     index = None if cache is None else jnp.arange(self.config.num_blocks)
@@ -192,7 +197,7 @@ class OpenMoE(nn.Module):
 
   def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> jax.Array:
     hidden, kernel, _ = self.features(batch, train)
-    logits = hidden.astype(jnp.float32) @ kernel
+    logits = hidden.astype(jnp.float32) @ gather(kernel, 'embed', 'vocab')
     return constrain(logits, 'batch', 'length', 'vocab')
 
   def features(self, batch: Mapping[str, jax.Array], train: bool = False):

@@ -12,7 +12,7 @@ ROUTERS = ('top_k', 'switch', 'sigmoid', 'noisy_top_k', 'hash', 'frozen', 'exper
 # Routers whose gates need not add up to 1.
 NORMALIZABLE = ('top_k', 'sigmoid', 'frozen', 'hierarchical')
 PRIORITIES = ('position', 'reversed', 'random')
-REMAT_POLICIES = ('none', 'full', 'minimal', 'dots')
+REMAT_POLICIES = ('none', 'full', 'minimal', 'dots', 'offload')
 ACTIVATIONS = ('swiglu', 'silu', 'gelu', 'relu', 'linear')
 
 
@@ -74,10 +74,14 @@ class ModelConfig:
     residual_dtype: the residual stream (SPEC 15.3).
     scan_blocks: one compiled block scanned over stacked parameters (fast to compile), or one copy a block (fast on CPU).
     remat: which activations the backward pass computes again: 'none', 'dots' (all but matmul results), 'minimal' (all
-      but the sub-layers' named outputs), 'full'.
-    attention_query_blocks: causal attention is computed in this many blocks of queries, each against the keys up to
-      its end; 1 computes the whole square.
+      but the sub-layers' named outputs), 'offload' (as 'minimal', but these and the layers' inputs wait in the host's
+      memory), 'full'.
+    attention: 'blocked', or 'splash': on TPUs, a kernel that never writes the scores, where rows are a multiple of 128
+      tokens; the same numbers to rounding.
+    attention_query_blocks: 'blocked' computes causal attention in this many blocks of queries, each against the keys up
+      to its end; 1 computes the whole square.
     loss_chunk_tokens: tokens of each batch shard whose float32 logits exist at one time in the loss.
+    logits_matmul_dtype: in training, what factors of products with the output matrix are rounded to; sums stay float32.
   """
   vocab_size: int
   emb_dim: int
@@ -125,8 +129,10 @@ class ModelConfig:
   residual_dtype: str = 'float32'
   scan_blocks: bool = True
   remat: str = 'none'
+  attention: str = 'blocked'
   attention_query_blocks: int = 4
   loss_chunk_tokens: int = 512
+  logits_matmul_dtype: str = 'float32'
 
   def __post_init__(self):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
@@ -142,9 +148,14 @@ class ModelConfig:
     one_of('ModelConfig.capacity_mode', self.capacity_mode, CAPACITY_MODES)
     one_of('ModelConfig.dispatch', self.dispatch, DISPATCH_BACKENDS)
     one_of('ModelConfig.remat', self.remat, REMAT_POLICIES)
+    one_of('ModelConfig.attention', self.attention, ('blocked', 'splash'))
+    require(self.attention == 'blocked' or not (self.inputs_bidirectional_attention or self.dropout_rate),
+            "ModelConfig.attention = 'splash' is causal and drops nothing: it needs inputs_bidirectional_attention = False "
+            "and dropout_rate = 0; 'blocked' does both")
     one_of('ModelConfig.loss_normalization', self.loss_normalization, ('target_tokens', 'sum'))
     one_of('ModelConfig.dtype', self.dtype, DTYPES)
     one_of('ModelConfig.residual_dtype', self.residual_dtype, DTYPES)
+    one_of('ModelConfig.logits_matmul_dtype', self.logits_matmul_dtype, DTYPES)
     require(len(self.mlp_activations) == 2, f'ModelConfig.mlp_activations = {self.mlp_activations} must name two '
             "activations; the released models use ('swiglu', 'linear'), a plain SwiGLU is ('silu', 'linear')")
     for activation in self.mlp_activations:

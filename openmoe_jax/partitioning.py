@@ -15,6 +15,7 @@ import os
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -161,23 +162,37 @@ def num_shards(logical_axis: str) -> int:
   return 1 if mesh.empty else _axes_size(mesh.shape, RULES[logical_axis].used)
 
 
-# Over which axes gradients are split in the step that is being traced.
-_GRADIENT_FSDP = contextvars.ContextVar('gradient_fsdp', default=())
+def split_over(logical_axis: str, size: int) -> Tuple[str, ...]:
+  """The mesh axes that split a dimension of this size in the mesh in force; none if they do not divide it."""
+  axes = _names(RULES[logical_axis].used)
+  return axes if size % _axes_size(jax.sharding.get_abstract_mesh().shape, axes) == 0 else ()
+
+
+# How parameters and gradients are kept in the step that is being traced.
+_KEPT = contextvars.ContextVar('kept', default=MeshConfig())
 
 
 @contextlib.contextmanager
-def use(mesh: Optional[Mesh], gradient_fsdp: Sequence[str] = ()) -> Iterator[None]:
-  """Within this context functions are traced for a mesh, and parameters' gradients are split as their optimizer state.
+def use(mesh: Optional[Mesh], config: MeshConfig = MeshConfig()) -> Iterator[None]:
+  """Within this context functions are traced for a mesh, whose parameters, gradients and optimizer state are kept as
+  `config.fsdp` and `shard_optimizer` say.
 
-  Only for functions that are jitted once and for these settings: jax does not know of `gradient_fsdp`, and would take
-  a trace of the same function made with another.
+  Only for functions that are jitted once and for these settings: jax does not know of the latter, and would take a
+  trace of the same function made with others.
   """
-  token = _GRADIENT_FSDP.set(tuple(gradient_fsdp))
+  token = _KEPT.set(config)
   try:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
       yield
   finally:
-    _GRADIENT_FSDP.reset(token)
+    _KEPT.reset(token)
+
+
+def kept_over(logical_axis: str) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+  """Mesh axes over which a dimension is split besides where parameters, and where gradients are kept."""
+  kept, config = RULES[logical_axis].kept, _KEPT.get()
+  return (tuple(axis for axis in kept if axis in config.fsdp),
+          tuple(axis for axis in kept if axis in config.optimizer_fsdp))
 
 
 def gather(x: jax.Array, *logical_axes: str) -> jax.Array:
@@ -189,7 +204,7 @@ def gather(x: jax.Array, *logical_axes: str) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or not isinstance(x, jax.Array):
     return x
-  return _gather(x, mesh_axes(logical_axes), mesh_axes(logical_axes, _GRADIENT_FSDP.get()))
+  return _gather(x, mesh_axes(logical_axes), mesh_axes(logical_axes, _KEPT.get().optimizer_fsdp))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -202,9 +217,16 @@ _gather.defvjp(lambda x, used, kept: (_gather(x, used, kept), None),
                lambda used, kept, _, dx: (jax.lax.with_sharding_constraint(dx, kept),))
 
 
+def on_tpu() -> bool:
+  """Whether what is being traced is for TPUs: the devices of the mesh in force decide, or else the default ones."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() == 'tpu' if device is None else device.device_kind.startswith('TPU')
+
+
 def is_finely_split() -> bool:
   """Whether the step that is being traced keeps parameters or optimizer state more finely split than it uses them."""
-  return bool(_GRADIENT_FSDP.get())
+  return bool(_KEPT.get().optimizer_fsdp)
 
 
 def all_but_gathered(primitive: Any, *unused_args, **unused_params) -> bool:
@@ -244,11 +266,32 @@ def make_mesh(config: MeshConfig, devices: Optional[Sequence[Any]] = None) -> Me
   data = config.data if config.data > 0 else max(count // rest, 1)
   pipe = (' x pipe', f' x {config.pipe}') if config.pipe > 1 else ('', '')
   require(data * rest == count, f'MeshConfig data x expert x model{pipe[0]} = {data} x {config.expert} x {config.model}'
-          f'{pipe[1]} = {data * rest} devices, but there are {count}' + _mesh_advice(count, rest, pipe[0]))
+          f'{pipe[1]} = {data * rest} devices, but there are {count}' + _mesh_advice(count, config))
   shape = (config.pipe, data, config.expert, config.model)
-  if devices[0].platform == 'tpu':  # topology-aware order, so that neighbours in the mesh are neighbours in the torus
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
-  return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+  # On a TPU neighbours in the mesh are to be neighbours in the torus.
+  ordered = _in_torus(shape, devices) if devices[0].platform == 'tpu' else np.asarray(devices).reshape(shape)
+  return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _in_torus(shape: Tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """TPUs so ordered that an axis of the mesh lies along dimensions of the torus. Slices are rows of the axis `data`, whose
+  gradients cross between them once a step, or else stages of `pipe`."""
+  pipe, data, *within = shape
+  slices = len({getattr(device, 'slice_index', None) or 0 for device in devices})
+  require(data % slices == 0 or pipe % slices == 0, f'MeshConfig.data = {data} or pipe = {pipe} must be a multiple of the '
+          f'{slices} slices: only they cross between them')
+  across = (1, slices) if data % slices == 0 else (slices, 1)
+
+  def order(split_axes: bool) -> np.ndarray:
+    if slices == 1:
+      return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split_axes)
+    return mesh_utils.create_hybrid_device_mesh((pipe // across[0], data // across[1], *within), (*across, 1, 1), devices,
+                                                allow_split_physical_axes=split_axes)
+
+  try:
+    return order(False)
+  except (NotImplementedError, ValueError, AssertionError):  # no product of whole dimensions: an axis shares one
+    return order(True)
 
 
 def _no_devices(platform: str, error: BaseException) -> str:
@@ -261,10 +304,13 @@ def _no_devices(platform: str, error: BaseException) -> str:
   return f'{asked} was asked for, but JAX finds {found} ({reason}); see openmoe-inspect --environment'
 
 
-def _mesh_advice(count: int, rest: int, pipe: str) -> str:
-  if count % rest:
-    return f': expert x model{pipe} must divide {count}'
-  return f'; data = {count // rest} or -1 would fit'
+def _mesh_advice(count: int, config: MeshConfig) -> str:
+  sizes = {'expert': config.expert, 'model': config.model, **({'pipe': config.pipe} if config.pipe > 1 else {})}
+  rest = math.prod(sizes.values())
+  if count % rest == 0:
+    return f'; data = {count // rest} or -1 would fit'
+  choices = [f'{name} = {_nearest(size, count * size // rest)}' for name, size in sizes.items() if count * size % rest == 0]
+  return f': {" x ".join(sizes)} must divide {count}' + (f'; {" or ".join(choices)} would' if choices else '')
 
 
 def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int, fsdp: Sequence[str] = ()) -> None:
@@ -281,19 +327,19 @@ def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int, 
   for name, size in (('num_heads * head_dim', model.num_heads * model.head_dim), ('mlp_dim', model.mlp_dim),
                      ('vocab_size', model.vocab_size)):
     require(size % model_axis == 0, f'ModelConfig.{name} = {size} must be a multiple of MeshConfig.model = {model_axis}'
-            f'{_nearest(model_axis, size)}')
+            f'; {_nearest(model_axis, size)} would fit')
   require(stages == 1 or model.scan_blocks, f'MeshConfig.pipe = {stages} splits stacked blocks: it needs '
           'ModelConfig.scan_blocks = True')
   require(model.num_blocks % stages == 0, f'MeshConfig.pipe = {stages} must divide the number of blocks of the model, '
-          f'{model.num_blocks} (ModelConfig.num_layers / moe_interval){_nearest(stages, model.num_blocks)}')
+          f'{model.num_blocks} (ModelConfig.num_layers / moe_interval); {_nearest(stages, model.num_blocks)} would fit')
   require(model.vocab_size % (model_axis * stages) == 0, f'ModelConfig.vocab_size = {model.vocab_size} must be a multiple '
           f'of MeshConfig model x pipe = {model_axis * stages}')
   require(not model.num_experts or model.num_experts % expert_axis == 0, f'ModelConfig.num_experts = '
           f'{model.num_experts} must be a multiple of MeshConfig.expert = {expert_axis}'
-          f'{_nearest(expert_axis, model.num_experts)}')
+          f'; {_nearest(expert_axis, model.num_experts)} would fit')
   shards = _axes_size(mesh_shape, BATCH_AXES)
   require(rows % shards == 0, f'{rows} rows of a microbatch must be a multiple of MeshConfig data x expert = {shards}'
-          f'{_nearest(shards, rows)}')
+          f'; {_nearest(shards, rows)} would fit')
   split = _axes_size(mesh_shape, fsdp)
   fits = [axes for axes in FSDP if model.emb_dim % _axes_size(mesh_shape, axes) == 0]
   require(model.emb_dim % split == 0, f'MeshConfig.fsdp or shard_optimizer = {tuple(fsdp)} splits '
@@ -301,9 +347,9 @@ def validate_mesh(model: ModelConfig, mesh_shape: Mapping[str, int], rows: int, 
           f'{" or ".join(map(str, fits))} would fit')
 
 
-def _nearest(wanted: int, size: int) -> str:
-  """'; 4 would fit': the divisor of `size` next to `wanted`."""
-  return f'; {min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))} would fit'
+def _nearest(wanted: int, size: int) -> int:
+  """The divisor of `size` next to `wanted`."""
+  return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
 
 
 def params_axes(params: Any) -> Any:

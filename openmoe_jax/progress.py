@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets (TPU v2 and v3: one of the chip's two cores). The
-# beginning of the device's name decides.
-_PEAK_FLOPS = (('TPU v2', 22.5e12), ('TPU v3', 61.5e12), ('TPU v4', 275e12), ('TPU v5 lite', 197e12),
-               ('TPU v5e', 197e12), ('TPU v5', 459e12), ('TPU v6', 918e12), ('TPU7x', 1153.5e12),
-               ('NVIDIA A100', 312e12), ('NVIDIA H100', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA B200', 2250e12))
+from openmoe_jax.tpu_slices import CHIPS
+
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets. The beginning of the device's name decides.
+_PEAK_FLOPS = (*((chip.kind, chip.peak_flops / chip.devices) for chip in CHIPS.values()),
+               ('NVIDIA A100', 312e12), ('NVIDIA H100', 989e12), ('NVIDIA H200', 989e12),
+               ('NVIDIA B200', 2250e12))
 _UNITS = ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 
 

@@ -102,7 +102,7 @@ def train(run: RunConfig, profile_steps: Optional[Tuple[int, int]] = None) -> No
   vocabulary.configure(run.data.vocabulary, run.data.extra_ids)
   vocabulary.check_fits(run.model.vocab_size)
   streams = data.TrainStreams(run.data, run.train.num_microbatches, data.local_stream_ids(mesh, run.data))
-  evaluator = Evaluator(run, mesh, make_eval_step(run.model, mesh=mesh))
+  evaluator = Evaluator(run, mesh, make_eval_step(run.model, mesh=mesh, mesh_config=run.mesh))
   suite = _suite(run)
 
   primary = jax.process_index() == 0

@@ -1,6 +1,6 @@
 """The loss of a batch and the one jitted, donated training step (SPEC 3, 4, 15.2)."""
 
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, Optional, Tuple
 
 import jax
 from jax.sharding import Mesh
@@ -91,7 +91,8 @@ def microbatch_shares(config: ModelConfig, weights: jax.Array) -> jax.Array:
 
 def _total(config, hidden, kernel, targets, weights, record, extra) -> Tuple[jax.Array, Metrics]:
   sums = chunked_cross_entropy(hidden, kernel, targets, weights, z_loss=config.z_loss,
-                               label_smoothing=config.label_smoothing, chunk_tokens=config.loss_chunk_tokens)
+                               label_smoothing=config.label_smoothing, chunk_tokens=config.loss_chunk_tokens,
+                               matmul_dtype=config.logits_matmul_dtype)
   num_targets = jnp.sum(weights)
   loss = sums.loss
   if config.loss_normalization == 'target_tokens':
@@ -196,35 +197,36 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     new = keep_sharded(new.replace(step=state.step + 1), mesh_config)
     return new, metrics_lib.with_shares(config, metrics, routing_metrics)
 
-  return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config.optimizer_fsdp)
+  return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config)
 
 
-def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None, mesh_config: MeshConfig = MeshConfig()
+                   ) -> Callable[[Any, Batch], Metrics]:
   """(params, batch) -> metrics as sums (`metrics.to_means` after adding them up), with the capacity of evaluation;
   `params` as for `loss_and_metrics`.
 
   What is reported is the data's own cross-entropy per token, whatever the training loss makes of it: without label
-  smoothing, and not as a sum.
+  smoothing, and not as a sum, logits in float32.
   """
-  config = config.replace(label_smoothing=0., loss_normalization='target_tokens')
+  config = config.replace(label_smoothing=0., loss_normalization='target_tokens', logits_matmul_dtype='float32')
 
   def step(params, batch):
     return metrics_lib.to_sums(loss_and_metrics(config, params, batch, train=False)[1])
 
-  return _under_mesh(jax.jit(step), mesh)
+  return _under_mesh(jax.jit(step), mesh, mesh_config)
 
 
-def _under_mesh(function: Callable, mesh: Optional[Mesh], fsdp: Sequence[str] = ()) -> Callable:
+def _under_mesh(function: Callable, mesh: Optional[Mesh], config: MeshConfig = MeshConfig()) -> Callable:
   """Calls `function` with the mesh set: without it, constraints on activations would silently do nothing."""
   if mesh is None:
     return function
 
   def call(*args):
-    with partitioning.use(mesh, fsdp):
+    with partitioning.use(mesh, config):
       return function(*args)
 
   def lower(*args):
-    with partitioning.use(mesh, fsdp):
+    with partitioning.use(mesh, config):
       return function.lower(*args)
 
   call.lower = lower

@@ -13,7 +13,8 @@ from openmoe_jax.convert.hf_config import from_hf_config, to_generation_config, 
 from openmoe_jax.convert.model_card import model_card
 
 # How a model is computed; everything else is what it is, and must survive.
-IMPLEMENTATION = {'dispatch', 'scan_blocks', 'remat', 'attention_query_blocks', 'loss_chunk_tokens'}
+IMPLEMENTATION = {'dispatch', 'scan_blocks', 'remat', 'attention', 'attention_query_blocks', 'loss_chunk_tokens',
+                  'logits_matmul_dtype'}
 # A router other than top_k is refused, and what belongs to others does nothing there.
 OF_OTHER_ROUTERS = {'router', 'allow_future_leak', 'bias_update_rate', 'hash_seed', 'num_expert_groups',
                     'num_selected_groups'}

@@ -17,8 +17,8 @@ LONGEST = 500
 # layer as long as that makes no circle.
 LAYERS = (
     ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
-     'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch'),
-    ('layers', 'attention', 'dispatch', 'moe'),
+     'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch', 'tpu_slices'),
+    ('layers', 'attention', 'splash', 'dispatch', 'moe'),
     ('model', 'names', 'pipeline'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',
      'objectives', 'mixtures', 'iterator_state', 'data', 'writers', 'metric_window', 'alarms', 'batch_hash', 'progress',
@@ -26,10 +26,10 @@ LAYERS = (
      'decoding', 'scoring', 'text_decoding', 'vocabulary_files', 'quantization', 'chat', 'bar', 'generation_files',
      'sandbox', 'code_execution', 'denoising', 'fill_in_the_middle', 'packing', 'recording'),
     ('train_state', 'train_step', 'metrics', 'evaluation', 'resume', 'analysis', 'convert', 'bigbench', 'task_eval',
-     'mt_bench', 'preparation'),
+     'mt_bench', 'preparation', 'tpu'),
     ('command_line', 'checkpoint_flags', 'conversion', 'infer', 'eval', 'inspection', 'loading', 'replay',
      'training_loop', 'train', 'tasks', 'tools', 'lm_harness', 'lm_harness_model', 'lm_harness_tasks', 'analyze',
-     'analyze_figures'),
+     'analyze_figures', 'compile_report'),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Everybody else gets TensorFlow and seqio from tensorflow_setup, which tells them to leave accelerators alone.

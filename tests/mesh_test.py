@@ -230,7 +230,8 @@ def test_every_parameter_has_axes_that_exist():
 
 @pytest.mark.parametrize('settings, count, message', (
     (dict(data=2, expert=2, model=4), 8, r'2 x 2 x 4 = 16 devices, but there are 8; data = 1 or -1 would fit'),
-    (dict(data=-1, expert=3), 8, r'8: expert x model must divide 8'),
+    (dict(data=-1, expert=3), 8, r'8: expert x model must divide 8; expert = 2 would'),
+    (dict(expert=4, model=4), 8, r'expert x model must divide 8; expert = 2 or model = 2 would'),
     (dict(data=3), 8, r'3 x 1 x 1 = 3 devices, but there are 8; data = 8 or -1 would fit'),
     (dict(expert=16), 8, r'but there are 8: expert x model must divide 8')))
 def test_meshes_that_do_not_fit(settings, count, message):

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PIN = re.compile(r'(?P<name>[A-Za-z0-9._-]+)==(?P<version>[0-9]+(\.[0-9]+)*(\.post[0-9]+)?)')
 
 
-LOCKS = ('requirements.lock', 'requirements-torch.lock', 'requirements-eval.lock')
+LOCKS = ('requirements.lock', 'requirements-torch.lock', 'requirements-eval.lock', 'requirements-tpu.lock')
 
 
 def lock_lines(file='requirements.lock'):
@@ -75,13 +75,22 @@ def test_torch_lock_only_adds(monkeypatch):
 
 
 def test_eval_lock_adds_and_agrees(monkeypatch):
-  pins, torch, more = map(locked, LOCKS)
+  pins, torch, more = map(locked, LOCKS[:3])
   assert not set(pins) & set(more), 'a package is pinned in both files'
   both = set(torch) & set(more)
   assert {name: torch[name] for name in both} == {name: more[name] for name in both}
   assert not set(more) & {'torch', 'transformers', 'accelerate'}
   requirement, = map(Requirement, setup_arguments(monkeypatch)['extras_require']['eval'])
   assert requirement.specifier.contains(more[canonicalize_name(requirement.name)])
+
+
+def test_tpu_lock_is_what_jax_asks_for():
+  """The TPU compiler and jaxlib must be of one version: jax names it."""
+  pins, more = locked(), locked('requirements-tpu.lock')
+  assert metadata.version('jax') == pins['jax'] and not set(pins) & set(more)
+  wanted = [r for r in map(Requirement, metadata.requires('jax')) if r.marker and r.marker.evaluate({'extra': 'tpu'})]
+  (libtpu,) = [r for r in wanted if r.name == 'libtpu']
+  assert set(more) == {'libtpu'} and libtpu.specifier.contains(more['libtpu'])
 
 
 @pytest.mark.lm_eval

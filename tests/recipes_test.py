@@ -17,6 +17,7 @@ RECIPES = [name for name in FILES if name.startswith('recipes/') and name not in
 # Parts that others include: they name no model of their own.
 PARTS = {'openmoe.gin', 'models/openmoe.gin', 'models/openllama.gin', 'runs/pretrain.gin', 'runs/continue.gin',
          'runs/finetune.gin'}
+OVERLAYS = {'runs/eval.gin', 'runs/one_pass.gin'}  # put behind something complete
 UMT5 = 'gs://t5-data/vocabs/umt5.256000/sentencepiece.model'
 UL2, LM = {'inputs': 1024, 'targets': 1024}, {'targets': 2048}
 
@@ -27,7 +28,7 @@ def load(name, *bindings):
 
 @pytest.mark.parametrize('name', FILES)
 def test_every_file_can_be_read(name):
-  if name in PARTS or name in EVALUATIONS or name == 'runs/eval.gin':
+  if name in PARTS or name in EVALUATIONS or name in OVERLAYS:
     with pytest.raises(ConfigError, match='name no model'):
       load(name)
   else:
@@ -42,6 +43,18 @@ def test_a_run_can_be_put_behind_any_model(name):
     run = gin_utils.load_run_config([model, name], bindings)
     assert (run.data.mixture_or_task, run.data.row_length, run.model_dir) == ('my_task', 64, '/tmp/x')
     assert run.model.dropout_rate == (.05 if name == 'runs/finetune.gin' else 0)
+
+
+@pytest.mark.parametrize('recipe', ('openmoe_base', 'openmoe_8b', 'openmoe_34b', 'openllama_large'))
+def test_a_recipe_in_one_pass(recipe):
+  """Nothing else changes: the same batch, and routing groups of the same size."""
+  before = load(f'recipes/{recipe}.gin')
+  run = gin_utils.load_run_config([f'recipes/{recipe}.gin', 'runs/one_pass.gin'], (), check_required=False)
+  assert (run.train.num_microbatches, run.mesh.model, run.mesh.fsdp) == (1, 1, ('data', 'expert'))
+  assert (run.data, run.model, run.optimizer) == (before.data, before.model, before.optimizer)
+  sizes = [group_tokens(run.model, r.data.batch_size // r.train.num_microbatches, r.data.row_length, True).group_size
+           for r in (before, run) if run.model.num_experts]
+  assert len(set(sizes)) <= 1
 
 
 # recipe: model, mixture, feature lengths, batch, microbatches, steps, expert and model partitions

@@ -126,16 +126,16 @@ def computed_train_flops_per_token(config: ModelConfig, length: int, rows: Optio
   parts.pop('dispatch', None)
   key = 2 * config.num_layers * config.num_heads * config.head_dim  # one product of every query with one key
   attention = key * (computed_keys(config, length) - config.head_dim)
-  return 3 * sum(parts.values()) + attention + _recomputed(config, length, rows) + (
+  return 3 * sum(parts.values()) + attention + recomputed_flops_per_token(config, length, rows) + (
       dispatch_flops_per_token(config, length, rows))
 
 
-def _recomputed(config: ModelConfig, length: int, rows: Optional[int]) -> float:
+def recomputed_flops_per_token(config: ModelConfig, length: int, rows: Optional[int]) -> float:
   """FLOPs a token of what `remat` computes again in the backward pass.
 
   'full' runs every layer again but for its last product, whose result only goes into a sum; 'minimal' keeps the results
   of attention and dense feed-forward networks and so saves their last products; 'dots' repeats only products with a
-  batch dimension (attention scores, experts, dispatch).
+  batch dimension (attention scores, experts, dispatch); 'offload' as 'minimal'.
   """
   if config.remat == 'none':
     return 0.
@@ -145,6 +145,6 @@ def _recomputed(config: ModelConfig, length: int, rows: Optional[int]) -> float:
   last = 2 * config.emb_dim * config.mlp_dim  # wo of one feed-forward network
   networks = config.num_layers if config.extra_mlp else config.num_layers - config.num_sparse_layers
   again = sum(flops for name, flops in parts.items() if name != 'output matrix') - networks * last
-  if config.remat == 'minimal':
+  if config.remat in ('minimal', 'offload'):
     again -= config.num_layers * 2 * config.num_heads * config.head_dim * config.emb_dim
   return again

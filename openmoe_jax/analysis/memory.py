@@ -47,11 +47,13 @@ def mesh_shape(mesh: MeshConfig, num_devices: int = 0) -> Dict[str, int]:
   return {'pipe': mesh.pipe, 'data': data, 'expert': mesh.expert, 'model': mesh.model}
 
 
-def state_plan(run: RunConfig, mesh: Mapping[str, int]) -> Tuple[List[ArrayPlan], List[ArrayPlan]]:
-  """Plans of the parameters' and of the optimizer state's arrays, as the training step holds them."""
+def state_plan(run: RunConfig, mesh: Mapping[str, int]) -> Tuple[List[ArrayPlan], List[ArrayPlan], List[ArrayPlan]]:
+  """Plans of the arrays of parameters, optimizer state and gradients, as the training step holds them."""
   state = abstract_train_state(run.model, optimizers.make_optimizer(run.optimizer, run.train.train_steps))
-  return (_plans(state.params, partitioning.params_axes(state.params), mesh, run.mesh.fsdp),
-          _plans(state.opt_state, optimizers.state_axes(state.opt_state, state.params), mesh, run.mesh.optimizer_fsdp))
+  axes = partitioning.params_axes(state.params)
+  return (_plans(state.params, axes, mesh, run.mesh.fsdp),
+          _plans(state.opt_state, optimizers.state_axes(state.opt_state, state.params), mesh, run.mesh.optimizer_fsdp),
+          _plans(state.params, axes, mesh, run.mesh.optimizer_fsdp))
 
 
 def _plans(tree: Any, axes: Any, mesh: Mapping[str, int], fsdp: Sequence[str]) -> List[ArrayPlan]:
@@ -104,7 +106,9 @@ def _query_blocks(config: ModelConfig, length: int) -> int:
 
 
 def kept_bytes(config: ModelConfig, sparse: bool, model_axis: int) -> float:
-  """Bytes a token that one layer keeps under a remat policy other than 'none'."""
+  """Bytes a token that one layer keeps on the device under a remat policy other than 'none'."""
+  if config.remat == 'offload':
+    return 0.
   act, residual = jnp.dtype(config.dtype).itemsize, jnp.dtype(config.residual_dtype).itemsize
   outputs = 3 if sparse and config.extra_mlp else 2
   size = config.emb_dim * residual
@@ -142,18 +146,39 @@ def activation_bytes(run: RunConfig, length: int, mesh: Mapping[str, int]) -> fl
   return tokens * layers + max(scores, logits)
 
 
+def gathered_bytes(run: RunConfig, mesh: Mapping[str, int]) -> float:
+  """Estimated bytes on one device of parameters that are together while they are used; 0 without `MeshConfig.fsdp`.
+
+  Either the output matrix and its gradient in the loss, or a layer's kernels and their gradients; the embedding is as
+  large as the former.
+  """
+  config = run.model
+  if not set(run.mesh.fsdp) - {name for name, size in mesh.items() if size == 1}:
+    return 0.
+  act = jnp.dtype(config.dtype).itemsize
+  output = config.emb_dim * config.vocab_size * (4 + jnp.dtype(config.logits_matmul_dtype).itemsize)
+  network = config.emb_dim * (sum(hidden_widths(config)) + config.mlp_dim)
+  attention = 4 * config.emb_dim * config.num_heads * config.head_dim
+  dense = attention + network * (1 + config.num_shared_experts * bool(config.num_experts))
+  experts = network * config.num_experts / mesh['expert'] if 'data' in run.mesh.fsdp else 0
+  return max(output, 2 * act * (dense + experts)) / mesh['model']
+
+
 def memory_table(run: RunConfig, length: int, mesh: Mapping[str, int]) -> Dict[str, Tuple[int, int]]:
   """{what: (bytes over all devices, bytes on one device)}; 'activations' is an estimate.
 
   Gradients are float32; accumulating them over microbatches takes a second copy.
   """
-  params, opt_state = state_plan(run, mesh)
+  params, opt_state, gradients = state_plan(run, mesh)
   total = lambda plans: (sum(p.bytes for p in plans), sum(p.device_bytes for p in plans))
   copies = 1 if run.train.num_microbatches == 1 else 2
   devices = math.prod(mesh.values())
   activations = round(activation_bytes(run, length, mesh))
+  gathered = round(gathered_bytes(run, mesh))
   table = {'parameters': total(params), 'optimizer state': total(opt_state),
-           'gradients': tuple(copies * size for size in total(params)),
+           'gradients': tuple(copies * size for size in total(gradients)),
            'activations (estimate)': (activations * devices, activations)}
+  if gathered:
+    table['parameters in use (estimate)'] = (gathered * devices, gathered)
   table['sum'] = tuple(sum(sizes[i] for sizes in table.values()) for i in range(2))
   return table

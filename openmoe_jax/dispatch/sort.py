@@ -10,6 +10,7 @@ from typing import Any, Callable, Tuple, Union
 import jax
 import jax.numpy as jnp
 
+from openmoe_jax.partitioning import constrain
 from openmoe_jax.routers.types import SlotAssignment, TokenAssignment, flat_slots, slots_from_tokens
 
 
@@ -89,4 +90,6 @@ def apply_experts(x: jax.Array, assignment: Union[TokenAssignment, SlotAssignmen
                   experts: Callable[[jax.Array], jax.Array], num_experts: int, capacity: int) -> jax.Array:
   """See `openmoe_jax.dispatch.apply_experts`."""
   slots, back = to_slots(x, assignment, num_experts, capacity)
-  return from_slots(experts(slots.swapaxes(0, 1)).swapaxes(0, 1), back, x.shape[1])
+  # Slots are filled and emptied where their tokens are, and exchanged as a whole in between, backward as well.
+  at_home = lambda y: constrain(y, 'group', None, 'capacity', None)
+  return from_slots(at_home(experts(at_home(slots).swapaxes(0, 1)).swapaxes(0, 1)), back, x.shape[1])

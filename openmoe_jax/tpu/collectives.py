@@ -1,0 +1,165 @@
+"""Collective operations of a compiled program: kind, bytes, mesh axes, and how long the links need at least.
+
+Time model, for links that work at their published speed and know of no congestion but their own traffic: a group of
+devices occupies some dimensions of the torus. A ring of n chips sends both ways; a line of n chips, one way at a time.
+
+* all-gather, reduce-scatter: every device receives (sends) the rest of the whole array, (n - 1) / n of it, over all
+  links of the group's dimensions at once; all-reduce is one after the other.
+* all-to-all: what a device sends travels n / 4 hops in a ring and n / 3 in a line on average; the busiest link of a
+  ring carries n / 8 of what one device sends, that of a line n / 4. Dimensions work side by side: the longest counts.
+* collective-permute: the hops of the pair that is furthest apart.
+Two devices that share a chip share its links.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from openmoe_jax.tpu.hlo import Instruction, Module
+from openmoe_jax.tpu_slices import Slice
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
+         'collective-broadcast')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective instruction.
+
+  Attributes:
+    kind: of KINDS.
+    axes: names of the mesh axes over which its devices differ, joined by '+'; 'none' of a group of one.
+    network: 'ici', or 'dcn' if groups reach across slices.
+    bytes: that one device sends over links in one execution.
+    seconds: the links' time of one execution.
+    times: executions in a run of the program.
+    source: place in the traced program.
+  """
+  kind: str
+  axes: str
+  network: str
+  bytes: float
+  seconds: float
+  times: float
+  source: str = ''
+
+
+def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, slice_: Slice) -> List[Collective]:
+  """Every collective of a program.
+
+  Args:
+    mesh_shape: sizes of the mesh axes in order; the program's partition number is a device's place in the mesh.
+    devices: those of the mesh, flat, with `coords`, `core_on_chip` and, of several slices, `slice_index`.
+    slice_: what they are.
+  """
+  found = []
+  for computation, instruction, times in module.executed(fused=True):
+    kind = kind_of(module, computation, instruction)
+    if kind is None or not times:
+      continue
+    groups = _groups(instruction, len(devices))
+    if max(map(len, groups), default=1) < 2:
+      continue
+    group = max(groups, key=len)
+    axes = mesh_axes_of(groups, mesh_shape)
+    size = _sent(module, computation, instruction, kind, len(group))
+    crosses = len({getattr(devices[d], 'slice_index', None) or 0 for d in group}) > 1
+    seconds = _seconds(kind, size, group, groups, devices, slice_, crosses)
+    found.append(Collective(kind, axes, 'dcn' if crosses else 'ici', size, seconds, times, instruction.source))
+  return found
+
+
+def kind_of(module: Module, computation: str, instruction: Instruction) -> Optional[str]:
+  """Which collective an instruction begins; None if it is none.
+
+  An all-reduce of which the same fusion keeps only a slice is what a TPU executes as reduce-scatter.
+  """
+  opcode = instruction.opcode[:-len('-start')] if instruction.opcode.endswith('-start') else instruction.opcode
+  if opcode not in KINDS:
+    return None
+  if opcode == 'all-reduce':
+    users = [i for i in module.computations[computation] if instruction.name in i.operands]
+    if computation != module.entry and users and all(i.opcode == 'dynamic-slice' for i in users):
+      return 'reduce-scatter'
+  return opcode
+
+
+def _sent(module: Module, computation: str, instruction: Instruction, kind: str, n: int) -> float:
+  operands = [module.by_name[computation].get(name) for name in instruction.operands]
+  whole = sum(o.bytes for o in operands if o is not None and o.arrays)
+  if kind == 'all-gather':
+    return whole * (n - 1)  # the operand is one device's share
+  if kind == 'all-reduce':
+    return 2 * whole * (n - 1) / n
+  if kind == 'collective-permute':
+    return whole
+  return whole * (n - 1) / n
+
+
+def _groups(instruction: Instruction, count: int) -> List[List[int]]:
+  """Groups of partition numbers that communicate; the pairs of a permute, each from source to target."""
+  pairs = instruction.attribute('source_target_pairs')
+  if pairs:
+    return [[int(a), int(b)] for a, b in re.findall(r'\{(\d+),(\d+)\}', pairs) if a != b]
+  text = instruction.attribute('replica_groups') or ''
+  iota = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+  if iota:
+    shape, source = ([int(d) for d in part.split(',')] for part in iota.groups()[:2])
+    ids = np.arange(math.prod(source)).reshape(source)
+    if iota.group(3):
+      ids = ids.transpose([int(d) for d in iota.group(3).split(',')])
+    return ids.reshape(shape[0], -1).tolist()
+  listed = [[int(d) for d in group.split(',') if d] for group in re.findall(r'\{([\d,]*)\}', text)]
+  return [group for group in listed if group] or [list(range(count))]
+
+
+def mesh_axes_of(groups: Sequence[Sequence[int]], mesh_shape: Dict[str, int]) -> str:
+  """The mesh axes along which members of a group differ: 'data+expert'."""
+  sizes = tuple(mesh_shape.values())
+  places = np.stack(np.unravel_index(np.asarray(groups[0]), sizes), axis=-1)
+  differ = [name for name, column in zip(mesh_shape, places.T) if len(set(column)) > 1]
+  return '+'.join(differ) or 'none'
+
+
+def _seconds(kind: str, sent: float, group: Sequence[int], groups: Sequence[Sequence[int]], devices: Sequence,
+             slice_: Slice, crosses: bool) -> float:
+  """Seconds that the links of the group need for what every device sends."""
+  chip = slice_.chip
+  if crosses:  # a device's share of its chip's network, whatever goes inside the slices besides
+    slices = len({devices[d].slice_index for d in group})
+    return sent * ((slices - 1) / slices) / ((len(group) - 1) / len(group)) / (chip.dcn_bandwidth / chip.devices)
+  cores = len({devices[d].core_on_chip for d in group})
+  link = chip.link_bandwidth * cores / chip.devices  # what one device may use of it
+  places = np.asarray([devices[d].coords for d in group])
+  if kind == 'collective-permute':
+    hops = max(_hops(np.asarray(devices[a].coords), np.asarray(devices[b].coords), slice_) for a, b in groups)
+    return sent * max(hops, 0) / link
+  spans = [(d, len(set(column))) for d, column in enumerate(places.T) if len(set(column)) > 1]
+  if not spans:  # two cores of one chip
+    return 0.
+  if kind in ('all-to-all', 'ragged-all-to-all'):
+    return max(sent * n / (8 if slice_.ring(d) else 4) for d, n in spans) / link
+  ways = sum(2 if slice_.ring(d) and n == slice_.shape[d] else 1 for d, n in spans)
+  return sent / (ways * link)
+
+
+def _hops(a: np.ndarray, b: np.ndarray, slice_: Slice) -> int:
+  total = 0
+  for d, size in enumerate(slice_.shape):
+    apart = abs(int(a[d]) - int(b[d]))
+    total += min(apart, size - apart) if slice_.ring(d) else apart
+  return total
+
+
+def by_kind(found: Sequence[Collective]) -> List[Tuple[str, str, str, float, float, float]]:
+  """(network, kind, axes, executions, bytes that a device sends, seconds), summed up, the slowest first."""
+  sums: Dict[Tuple[str, str, str], List[float]] = {}
+  for c in found:
+    row = sums.setdefault((c.network, c.kind, c.axes), [0., 0., 0.])
+    row[0] += c.times
+    row[1] += c.times * c.bytes
+    row[2] += c.times * c.seconds
+  return sorted(((*key, *row) for key, row in sums.items()), key=lambda r: -r[-1])

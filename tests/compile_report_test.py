@@ -1,0 +1,130 @@
+"""openmoe-compile-report: a tiny recipe compiled for a small slice by the real TPU compiler, and its mistakes."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import pytest
+
+from openmoe_jax import compile_report, tpu_slices
+from openmoe_jax.analysis import flops
+from openmoe_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from openmoe_jax.tpu import sweep
+
+TINY = ['--gin_file=recipes/openmoe_base.gin', '--gin_file=runs/one_pass.gin', '--gin.BATCH_SIZE=32',
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 256}", '--gin.NUM_EXPERT_PARTITIONS=4', '--gin.TRAIN_STEPS=10',
+        '--gin.NUM_EMBEDDINGS=1024', '--gin.ModelConfig.emb_dim=128', '--gin.ModelConfig.mlp_dim=256',
+        '--gin.ModelConfig.num_heads=2', '--gin.ModelConfig.head_dim=64', '--gin.ModelConfig.num_layers=4',
+        '--gin.ModelConfig.moe_interval=2', '--gin.ModelConfig.num_experts=8', '--gin.GROUP_SIZE=512']
+
+
+def report(capsys, *flags):
+  compile_report.main([*TINY, '--json', *flags])
+  return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.tpu
+def test_train_and_decode(tmp_path, capsys):
+  """Every TPU compiler change that no slice accepts is found here; and the figures are of the right size."""
+  got = report(capsys, '--topology=v5e-8', f'--output={tmp_path}/report.json', f'--plot={tmp_path}/report.png',
+               f'--save_hlo={tmp_path}')
+  assert got['mesh'] == {'data': 2, 'expert': 4, 'model': 1} and got['fsdp'] == ['data', 'expert']
+  assert json.loads((tmp_path / 'report.json').read_text()) == got
+  assert (tmp_path / 'report.png').stat().st_size > 10_000 and 'HloModule' in (tmp_path / 'train.hlo').read_text()[:100]
+  for program in (got['train'], got['decode']):
+    assert program['fits'] and program['roofline']['limited_by'] in program['roofline']['terms']
+    assert sum(program['memory'].values()) == pytest.approx(program['memory_total'], rel=0.02)
+    assert 0 < program['roofline']['no_overlap']['mfu'] <= program['roofline']['overlap']['mfu'] < 1
+    assert not program['flops']['unknown_kernels']
+  train = got['train']
+  # Everything that is computed is known: what is left is what the compiler's own counting calls by another name.
+  counts = train['flops']
+  assert abs(counts['waste']['other']) < 0.03 * counts['compiled']
+  assert counts['model'] == 10 * train['token_budget'] / 100 * 0 + counts['model']
+  axes = {(c['kind'], c['axes']) for c in train['collectives']}
+  assert ('all-gather', 'data+expert') in axes  # parameters
+  assert any(kind == 'all-to-all' and 'expert' in a for kind, a in axes)  # tokens to experts
+  assert all(c['network'] == 'ici' for c in train['collectives'])
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('flags', (
+    ('--topology=v4-8', '--gin.ModelConfig.attention="splash"', '--gin.ModelConfig.remat="none"'),
+    ('--topology=v5p-8', '--gin.ModelConfig.dispatch="dropless"', '--gin.ModelConfig.capacity_mode="none"'),
+    ('--topology=v6e-8', '--gin.ModelConfig.remat="offload"', '--gin.NUM_MODEL_PARTITIONS=2', '--gin.FSDP=("data",)'),
+    ('--topology=2*v5e-4', '--gin.MeshConfig.shard_optimizer=("data",)', '--gin.FSDP=()')), ids=lambda flags: flags[1])
+def test_other_programs(flags, capsys):
+  got = report(capsys, '--no-decode', *flags)['train']
+  assert got['fits'] and not got['flops']['unknown_kernels']
+  if 'splash' in flags[1]:
+    assert got['flops']['kernels'] > 0
+  if '2*' in flags[0]:
+    assert {'dcn', 'ici'} == {c['network'] for c in got['collectives']}
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit(capsys):
+  got = report(capsys, '--topology=v5e-4', '--gin.ModelConfig.emb_dim=8192', '--gin.ModelConfig.mlp_dim=65536',
+               '--gin.ModelConfig.num_layers=12')['train']
+  assert not got['fits'] and got['needed_bytes'] > 16 * 2 ** 30 and got['advice']
+
+
+@pytest.mark.tpu
+def test_sweep(capsys):
+  compile_report.main([*TINY, '--topology=v5e-4', '--sweep', '--sweep_limit=2'])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('1 of 2: ') and sum(line.split()[5:6] == ['1'] for line in lines) >= 1
+
+
+# Without the compiler.
+
+
+def run_of(**changes):
+  model = ModelConfig(vocab_size=1024, emb_dim=128, mlp_dim=256, num_heads=2, head_dim=64, num_layers=2, num_experts=8,
+                      moe_interval=2)
+  run = RunConfig(model=model, data=DataConfig(task_feature_lengths={'targets': 256}, batch_size=32), mesh=MeshConfig(),
+                  train=TrainConfig())
+  return dataclasses.replace(run, **changes)
+
+
+def test_sweep_tries_what_divides():
+  slice_ = tpu_slices.parse('v5e-8')
+  tried = sweep.candidates(run_of(), slice_)
+  assert tried and len({(c.mesh, c.train.num_microbatches) for c in tried}) == len(tried)
+  for c in tried:
+    assert c.mesh.data * c.mesh.expert * c.mesh.model == 8 and 8 % c.mesh.expert == 0
+    assert 32 % (c.train.num_microbatches * c.mesh.data * c.mesh.expert) == 0
+  first = tried[0]
+  assert (first.mesh.model, first.train.num_microbatches, first.mesh.expert) == (1, 1, 8)
+
+
+@pytest.mark.parametrize('flags, message', (
+    (['--topology=v4-100'], "v4 has no such slice; nearest: v4-128"),
+    ([], '--topology=NAME is needed'),
+    (['--topology=v4-8', '--sweep_limit=x'], 'invalid int value')))
+def test_mistakes_are_one_line(flags, message, capsys):
+  with pytest.raises(SystemExit) as error:
+    compile_report.main([*TINY, *flags])
+  assert error.value.code == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_model_is_no_run(capsys):
+  with pytest.raises(SystemExit):
+    compile_report.main(['--gin_file=models/openmoe_8b.gin', '--topology=v4-8'])
+  assert 'DataConfig.task_feature_lengths is not set' in capsys.readouterr().err
+
+
+def test_list_of_slices(capsys):
+  compile_report.main(['--topologies'])
+  assert 'v5p-128      v5p:4x4x4' in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None, reason='the compiler is there')
+def test_without_the_compiler(capsys):
+  with pytest.raises(SystemExit):
+    compile_report.main([*TINY, '--topology=v4-8'])
+  assert 'make install-tpu' in capsys.readouterr().err
