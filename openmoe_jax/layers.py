@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.partitioning import BATCH_AXES, gather, kept_over, num_shards, param_axes, split_over
+from openmoe_jax.partitioning import (BATCH_AXES, gather, is_partitioned, kept_over, num_shards, param_axes,
+                                      split_over)
 
 
 def normal_init(scale: float, fan_in: int) -> Callable:
@@ -83,8 +84,7 @@ class TokenEmbedder(nn.Module):
   def __call__(self, ids: jax.Array) -> jax.Array:
     config = self.config
     table = self.param('embedding', nn.initializers.normal(1.), (config.vocab_size, config.emb_dim), jnp.float32)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_partitioned():
       return _rows_of(jnp.asarray(table), ids).astype(config.dtype)
     return _embed(jnp.asarray(table), ids, jnp.dtype(config.dtype))
 

@@ -84,9 +84,9 @@ def _chunk(settings: _Settings, hidden, kernel, targets, weights, with_gradient:
 
 def _run(settings: _Settings, hidden, kernel, targets, weights, with_gradient: bool):
   """All chunks: sums, d hidden and d kernel, the latter split as its optimizer state is."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not partitioning.is_partitioned():
     return _local(settings, hidden, kernel, targets, weights, with_gradient)
+  mesh = jax.sharding.get_abstract_mesh()
   rows, axes = hidden.shape[0], partitioning.BATCH_AXES
   vocab = partitioning.split_over('vocab', kernel.shape[1])
   kept = partitioning.kept_over('embed')

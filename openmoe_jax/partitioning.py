@@ -138,18 +138,25 @@ def _names(axes: Any) -> Tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *logical_axes: Optional[str]) -> jax.Array:
-  """Pins the sharding of an activation to its logical axes; no effect without a mesh (`jax.set_mesh`).
+  """Pins the sharding of an activation to its logical axes; no effect without a mesh (`jax.set_mesh`), or within a
+  `shard_map`, where every device sees its own part.
 
   A dimension that its mesh axes do not divide is left to the compiler: results never depend on the mesh.
   """
   require(len(logical_axes) == x.ndim, f'array of shape {x.shape} has {x.ndim} dimensions, logical axes {logical_axes}')
   spec = mesh_axes(logical_axes)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not is_partitioned():
     return x
+  mesh = jax.sharding.get_abstract_mesh()
   spec = [axes if axes is None or dim % _axes_size(mesh.shape, axes) == 0 else PartitionSpec.UNCONSTRAINED
           for dim, axes in zip(x.shape, spec)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def is_partitioned() -> bool:
+  """Whether there is a mesh of several devices, over which the compiler splits arrays."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
 
 def _axes_size(mesh_shape: Mapping[str, int], axes) -> int:
@@ -201,8 +208,7 @@ def gather(x: jax.Array, *logical_axes: str) -> jax.Array:
   It is for the caller to see that the result is not kept for the backward pass (`all_but_gathered`): over all layers it
   would be the whole model on every device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or not isinstance(x, jax.Array):
+  if not is_partitioned() or not isinstance(x, jax.Array):
     return x
   return _gather(x, mesh_axes(logical_axes), mesh_axes(logical_axes, _KEPT.get().optimizer_fsdp))
 
@@ -244,8 +250,7 @@ def keep(tree: Any, axes: Any, fsdp: Sequence[str]) -> Any:
     axes: the tree of their logical axes.
     fsdp: see `mesh_axes`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not is_partitioned():
     return tree
   return jax.tree.map(lambda names, x: jax.lax.with_sharding_constraint(x, mesh_axes(names, fsdp)), axes, tree,
                       is_leaf=is_axes)

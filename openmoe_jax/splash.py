@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
 from openmoe_jax.config import require
-from openmoe_jax.partitioning import BATCH_AXES, num_shards
+from openmoe_jax.partitioning import BATCH_AXES, is_partitioned, num_shards
 
 BLOCK = 512  # queries and keys that are multiplied at a time
 LANES = 128  # a block is a multiple of it
@@ -39,10 +39,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, interpre
     interpret: run the kernel step by step on any device.
   """
   local = functools.partial(_local, interpret=interpret)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not is_partitioned():
     return local(q, k, v, ids)
-  batch, heads = num_shards('batch'), mesh.shape['model']
+  batch, heads = num_shards('batch'), jax.sharding.get_abstract_mesh().shape['model']
   require(q.shape[0] % batch == 0 and q.shape[2] % heads == 0, "ModelConfig.attention = 'splash' needs rows to divide "
           f'over MeshConfig data x expert and heads over model: {q.shape[0]} over {batch}, {q.shape[2]} over {heads}')
   spec = PartitionSpec(BATCH_AXES, None, 'model')

@@ -195,6 +195,20 @@ def test_collectives(line, kind, axes, sent, seconds):
   np.testing.assert_allclose((got.bytes, got.seconds), (sent, seconds), rtol=1e-12)
 
 
+@pytest.mark.parametrize('text, groups', (
+    ('{{0,2},{1,3}}', [[0, 2], [1, 3]]),
+    ('[2,4]<=[8]', [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ('[4,2]<=[2,4]T(1,0)', [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("mesh['a'=2,'b'=1,'c'=4] {'a','c'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]])))
+def test_groups(text, groups):
+  line = f'  %y = f32[8] all-reduce(%x), channel_id=1, replica_groups={text}, use_global_device_ids=true, to_apply=%add'
+  assert collectives._groups(hlo.parse_instruction(line), 8) == groups
+
+
 def test_lines_have_half_the_links():
   """8 of 16 chips of a v5e row: no ring; one way of 50 GB/s."""
   got = found('%y = f32[8192] all-gather(%x), replica_groups=[8,8]<=[64], dimensions={0}', 'v5e-64', {'data': 8, 'expert': 8, 'model': 1})

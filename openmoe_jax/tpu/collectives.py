@@ -104,16 +104,45 @@ def _groups(instruction: Instruction, count: int) -> List[List[int]]:
   pairs = instruction.attribute('source_target_pairs')
   if pairs:
     return [[int(a), int(b)] for a, b in re.findall(r'\{(\d+),(\d+)\}', pairs) if a != b]
+  named = _NAMED_GROUPS.search(instruction.attributes)
+  if named:
+    return _groups_of_axes(*named.groups())
   text = instruction.attribute('replica_groups') or ''
-  iota = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+  iota = re.match(r'\[([\d,]+)\]<=(.*)', text)
   if iota:
-    shape, source = ([int(d) for d in part.split(',')] for part in iota.groups()[:2])
-    ids = np.arange(math.prod(source)).reshape(source)
-    if iota.group(3):
-      ids = ids.transpose([int(d) for d in iota.group(3).split(',')])
-    return ids.reshape(shape[0], -1).tolist()
+    return _iota(iota.group(2)).reshape(int(iota.group(1).split(',')[0]), -1).tolist()
   listed = [[int(d) for d in group.split(',') if d] for group in re.findall(r'\{([\d,]*)\}', text)]
   return [group for group in listed if group] or [list(range(count))]
+
+
+# mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b','a':(1)2}: axes of a mesh of the compiler's own, or parts of axes.
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
+
+
+def _groups_of_axes(sizes: str, order: Optional[str], axes: str) -> List[List[int]]:
+  shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+  count = math.prod(shape.values())
+  ids = _iota(order) if order and order.startswith('[') else (
+      np.asarray([int(d) for d in order.split(',')]) if order else np.arange(count))
+  # Every axis in pieces: the part before, the one that communicates, the part behind.
+  pieces, moving = [], []
+  wanted = {name: (int(before or 1), int(size or 0)) for name, before, size in
+            re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+  for name, size in shape.items():
+    before, part = wanted.get(name, (1, 1))
+    part = part or size
+    moving.append(len(pieces) + 1)
+    pieces += [before, part, size // before // part]
+  ids = ids.reshape(pieces)
+  rest = [d for d in range(len(pieces)) if d not in moving]
+  return ids.transpose(*rest, *moving).reshape(-1, math.prod(pieces[d] for d in moving)).tolist()
+
+
+def _iota(text: str) -> np.ndarray:
+  """[2,4]T(1,0): 0 to 7 as a matrix, transposed; flat."""
+  shape, order = re.match(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups()
+  ids = np.arange(math.prod(int(d) for d in shape.split(','))).reshape([int(d) for d in shape.split(',')])
+  return (ids.transpose([int(d) for d in order.split(',')]) if order else ids).reshape(-1)
 
 
 def mesh_axes_of(groups: Sequence[Sequence[int]], mesh_shape: Dict[str, int]) -> str:
