@@ -11,17 +11,19 @@ from openmoe_jax.tpu_slices import Slice
 
 
 def candidates(run: RunConfig, slice_: Slice) -> List[RunConfig]:
-  """Every mesh data x expert x model and number of microbatches with which the run can be split over the slice.
+  """Every mesh data x expert x model (the stages of a pipeline are the run's) and number of microbatches with which the
+  run can be split over the slice.
 
   Those that are expected to fit come first; among them the fewest parts of the axis `model`, whose layers wait for each
   other, then the fewest microbatches, then the most experts apart. Others follow in the order of their expected memory.
   """
   found, most = [], 64
-  for model in _divisors(slice_.devices):
-    for expert in _divisors(slice_.devices // model):
+  devices = slice_.devices // run.mesh.pipe
+  for model in _divisors(devices):
+    for expert in _divisors(devices // model):
       if expert > max(run.model.num_experts, 1) or model > most:
         continue
-      mesh = dataclasses.replace(run.mesh, data=slice_.devices // model // expert, expert=expert, model=model)
+      mesh = dataclasses.replace(run.mesh, data=devices // model // expert, expert=expert, model=model)
       for count in _divisors(run.data.batch_size):
         try:
           changed = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, num_microbatches=count))

@@ -78,7 +78,7 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
 
 def sweep_table(found: Sequence[Mapping[str, Any]]) -> str:
   """The tried settings, the best first."""
-  table = _table('Mesh (data x expert x model)', 'microbatches', 'fits', 'GiB', 'step ms, overlap', 'without',
+  table = _table(f'Mesh ({" x ".join(found[0]["mesh"] if found else ())})', 'microbatches', 'fits', 'GiB', 'step ms, overlap', 'without',
                  'MFU, overlap', 'without')
   for row in found:
     name, fits = ' x '.join(map(str, row['mesh'].values())), 'yes' if row['fits'] else 'no'
