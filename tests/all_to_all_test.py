@@ -12,7 +12,6 @@ from openmoe_jax import dispatch, partitioning
 from openmoe_jax.config import MeshConfig
 from openmoe_jax.dispatch import apply_experts
 from openmoe_jax.routers.types import SlotAssignment, TokenAssignment
-from tests.quick_jit import jit
 
 TOKENS, EXPERTS, EMB, CAPACITY = 5, 4, 6, 3
 
@@ -39,7 +38,7 @@ def make_slots(groups):
   return SlotAssignment(jnp.asarray(token, jnp.int32), jnp.asarray(gate, jnp.float32))
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(backend, x, assignment, kernel, out):
   """(output, slots that the experts saw), and gradients by x, gates and kernels of the output's product with `out`."""
   def loss(x, gate, kernel):

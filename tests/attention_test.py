@@ -12,7 +12,6 @@ from openmoe_jax.attention import (SelfAttention, apply_rope, attention_mask, bl
                                    make_logit_mask, rope_tables)
 from openmoe_jax.config import ConfigError, ModelConfig
 from tests import golden
-from tests.quick_jit import jit
 
 EVERYTHING = slice(None)
 UNITS = 'units.npz'
@@ -34,7 +33,7 @@ def golden_context(name, bidirectional=False):
 def test_rope_tables():
   """sin and cos of up to 63 radians: an angle is known to 63 * 2^-24 = 4e-6, whoever computes it."""
   want = golden.load_arrays(UNITS)
-  sin, cos = jit(rope_tables, static_argnums=(0, 1))(64, 16)
+  sin, cos = jax.jit(rope_tables, static_argnums=(0, 1))(64, 16)
   np.testing.assert_allclose(sin, want['rope_sin'], rtol=0, atol=4e-6)
   np.testing.assert_allclose(cos, want['rope_cos'], rtol=0, atol=4e-6)
   angle = np.arange(64)[:, None] * 10000. ** (-np.arange(0, 16, 2) / 16)
@@ -61,14 +60,14 @@ def test_rope_tables_are_constants():
 def test_rope_with_the_tables_of_the_original():
   want = golden.load_arrays(UNITS)
   for name in ('q', 'k'):
-    got = jit(apply_rope)(want[f'rope_{name}'], want['rope_sin'], want['rope_cos'])
+    got = jax.jit(apply_rope)(want[f'rope_{name}'], want['rope_sin'], want['rope_cos'])
     np.testing.assert_allclose(got, want[f'rope_out_{name}'], rtol=1e-6, atol=1e-6)
 
 
 def test_rope_from_positions():
   want = golden.load_arrays(UNITS)
   for name in ('q', 'k'):
-    got = jit(apply_rope)(want[f'rope_{name}'], *rope_tables(64, 16))
+    got = jax.jit(apply_rope)(want[f'rope_{name}'], *rope_tables(64, 16))
     np.testing.assert_allclose(got, want[f'rope_out_{name}'], rtol=0, atol=2e-5)  # values up to 4, times 4e-6
 
 
@@ -135,7 +134,7 @@ def plain_attention(q, k, v, context, keep=None):
   return jnp.einsum('bhqk,bkhd->bqhd', weights if keep is None else weights * keep, v)
 
 
-@functools.partial(jit, static_argnames=('model', 'num_blocks'))
+@functools.partial(jax.jit, static_argnames=('model', 'num_blocks'))
 def value_and_gradients(model, q, k, v, out, batch, num_blocks, keep=None):
   """Of blocked attention, or, with num_blocks 0, of the plain one."""
   context = make_context(model, batch)
@@ -216,7 +215,7 @@ def test_layer_by_hand():
   shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, context, False)['params'])
   rng = np.random.RandomState(1)
   params = jax.tree.map(lambda p: (rng.randn(*p.shape) / 2).astype(np.float32), shapes)
-  got = jit(lambda p: layer.apply({'params': p}, x, context, False))(params)
+  got = jax.jit(lambda p: layer.apply({'params': p}, x, context, False))(params)
   kernel = {name: np.asarray(params[name]['kernel'], np.float64) for name in ('query', 'key', 'value', 'out')}
   angle = np.arange(9)[:, None] * 10000. ** (-np.arange(0, 4, 2) / 4)
   want = np.zeros((2, 9, 8))

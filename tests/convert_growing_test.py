@@ -22,7 +22,6 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names, t5x_shapes, to_t5x_names
 from openmoe_jax.train_step import loss_and_metrics
 from tests import numpy_reference
-from tests.quick_jit import jit
 
 DENSE = ModelConfig(vocab_size=48, emb_dim=8, mlp_dim=10, num_heads=2, head_dim=4, num_layers=2, dtype='float32',
                     scan_blocks=False, attention_query_blocks=2)
@@ -80,7 +79,7 @@ def make_batch():
   return {'decoder_input_tokens': tokens.astype(np.int32), 'decoder_target_tokens': target.astype(np.int32)}
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _apply(config, params, batch):
   return OpenMoE(config).apply({'params': params}, batch)
 
@@ -123,7 +122,7 @@ def test_experts_behind_learn():
   """The first gradient reaches wo, and nothing in front of it; after a step of wo it reaches everything."""
   model = SPARSE.replace(capacity_mode='none', aux_loss_factor=0., router_z_loss_factor=0.)
   batch = make_batch()
-  gradients = jit(jax.grad(lambda params: loss_and_metrics(model, params, batch)[0]))
+  gradients = jax.jit(jax.grad(lambda params: loss_and_metrics(model, params, batch)[0]))
   params = jax.tree.map(jnp.asarray, from_t5x_names(model, read(UpcycledSource(Memory(DENSE), model, seed=3))))
   first = gradients(params)
   second = to_t5x_names(model, gradients(jax.tree.map(lambda p, g: p - 0.1 * g, params, first)))

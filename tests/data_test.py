@@ -737,6 +737,7 @@ def test_streams_that_do_not_exist_or_divide_are_refused():
     data_lib.TrainStreams(settings(), num_microbatches=3)
 
 
+@pytest.mark.slow
 def test_importing_data_is_quick_and_tensorflow_is_quiet():
   program = textwrap.dedent('''
       import sys

@@ -14,7 +14,6 @@ from openmoe_jax.decoding import Generation, generate
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from tests import golden, golden_model, numpy_reference
-from tests.quick_jit import jit
 
 GOLDEN = 'decode.npz'
 LOGITS = 2e-5  # as in golden_forward_test
@@ -92,7 +91,7 @@ def test_golden_teacher_forcing():
   steps = fed_one_by_one(config, params, tokens)
   np.testing.assert_allclose(steps, d['teacher_step_logits'], rtol=0, atol=LOGITS)
   batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': d['teacher_target_tokens']}
-  full = lambda config: jit(lambda params: OpenMoE(config).apply({'params': params}, batch))(params)
+  full = lambda config: jax.jit(lambda params: OpenMoE(config).apply({'params': params}, batch))(params)
   np.testing.assert_allclose(full(config), d['teacher_full_forward_logits'], rtol=0, atol=LOGITS)
   assert np.abs(full(config) - steps).max() > 0.01  # it did drop something
   np.testing.assert_allclose(full(decoding.dropless(config)), steps, rtol=0, atol=LOGITS)
@@ -152,7 +151,7 @@ def test_steps_equal_the_full_forward_pass(changes):
   positions = np.arange(33)
   batch = {'decoder_input_tokens': whole, 'decoder_target_tokens': (positions <= 12 + lengths[:, None]).astype(np.int32),
            'decoder_causal_attention': (positions <= lengths[:, None]).astype(np.int32)}
-  logits = jit(lambda p: OpenMoE(config.replace(capacity_mode='none')).apply({'params': p}, batch))(params_of(config))
+  logits = jax.jit(lambda p: OpenMoE(config.replace(capacity_mode='none')).apply({'params': p}, batch))(params_of(config))
   log_probs = np.asarray(jax.nn.log_softmax(logits))
   for row, n in enumerate(lengths):
     at = np.arange(n, n + 12)
@@ -275,7 +274,8 @@ def test_buckets():
   assert [decoding.row_bucket(n, 4) for n in (1, 3, 4, 5, 9)] == [4, 4, 4, 8, 16]
 
 
-@pytest.mark.parametrize('shape, scan', (((2, 4, 1), False), pytest.param((2, 2, 2), True, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize('shape, scan', (((2, 4, 1), False), ((2, 2, 2), True)))
 def test_mesh_equals_one_device(shape, scan):
   config = model(scan_blocks=scan, num_layers=4 if scan else 2)
   tokens, lengths = prompts(5)

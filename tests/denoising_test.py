@@ -237,6 +237,7 @@ def settings(**changes):
   return DataConfig(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_streams_continue_exactly_after_any_number_of_interruptions():
   data = settings()
   whole = data_lib.TrainStreams(data)

@@ -12,7 +12,6 @@ from openmoe_jax import routers
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.dispatch import apply_experts
 from openmoe_jax.routers.types import SlotAssignment, TokenAssignment, tokens_from_slots
-from tests.quick_jit import jit
 
 GROUPS, TOKENS, EXPERTS, EMB, HIDDEN = 2, 12, 4, 6, 5
 
@@ -24,7 +23,7 @@ def make_inputs(seed, dtype=jnp.float32):
           jnp.asarray(rng.randn(GROUPS, TOKENS, EMB), jnp.float32))
 
 
-@functools.partial(jit, static_argnames=('selected', 'capacity', 'ignore_padding'))
+@functools.partial(jax.jit, static_argnames=('selected', 'capacity', 'ignore_padding'))
 def assign(logits, is_token, selected, capacity, ignore_padding=False) -> TokenAssignment:
   config = ModelConfig(vocab_size=8, emb_dim=EMB, mlp_dim=4, num_heads=1, head_dim=2, num_layers=1,
                        num_experts=EXPERTS, num_selected_experts=selected, ignore_padding_tokens=ignore_padding)
@@ -38,7 +37,7 @@ def apply(backend, x, gate, kernels, assignment, capacity):
   return apply_experts(backend, x, assignment._replace(gate=gate), experts, EXPERTS, capacity)
 
 
-@functools.partial(jit, static_argnames=('backend', 'capacity'))
+@functools.partial(jax.jit, static_argnames=('backend', 'capacity'))
 def value_and_gradients(backend, x, kernels, out, assignment, capacity):
   """Output, and gradients by x, gates and expert kernels of its product with `out`."""
   def loss(x, gate, kernels):
@@ -121,7 +120,7 @@ def test_gradients_against_the_mixture_written_out():
   x, kernels, out = make_inputs(4)
   weight = jax.nn.one_hot(assignment.expert_index, EXPERTS) * assignment.kept[..., None]
 
-  @jit
+  @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1, 2))
   def want(x, gate, kernels):
     every = jnp.einsum('gtef,efd->gted', jax.nn.silu(jnp.einsum('gtd,edf->gtef', x, kernels[0])), kernels[1])
@@ -166,7 +165,7 @@ def test_experts_choose(seed, capacity, share_filled):
   slots = random_slots(seed, capacity, share_filled)
   x, kernels, out = make_inputs(seed)
 
-  @functools.partial(jit, static_argnames='backend')
+  @functools.partial(jax.jit, static_argnames='backend')
   def run(backend, x, gate, kernels, slots):
     def loss(x, gate, kernels):
       y = apply(backend, x, gate, kernels, slots, None)
@@ -188,6 +187,6 @@ def test_sort_moves_tokens_without_matrix_products():
   assignment = random_assignment(7, 2, 3)
   x, _, _ = make_inputs(7)
   def flops(backend):
-    run = jit(lambda x: apply_experts(backend, x, assignment, lambda slots: slots, EXPERTS, 3))
+    run = jax.jit(lambda x: apply_experts(backend, x, assignment, lambda slots: slots, EXPERTS, 3))
     return str(run.lower(x).as_text()).count('dot_general')
   assert flops('sort') == 0 and flops('einsum') >= 2

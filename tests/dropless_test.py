@@ -15,7 +15,6 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from openmoe_jax.routers.types import TokenAssignment
 from tests import numpy_reference
-from tests.quick_jit import jit
 
 EMB, HIDDEN = 6, 5
 ACTIVATIONS = ('silu', 'linear')
@@ -46,7 +45,7 @@ def by_token(x, assignment, wi, wo):
   return y[None]
 
 
-run = jit(functools.partial(dropless.apply_experts, activations=ACTIVATIONS))
+run = jax.jit(functools.partial(dropless.apply_experts, activations=ACTIVATIONS))
 
 
 @settings(max_examples=25)
@@ -78,7 +77,7 @@ def test_blocks_equal_the_instruction_of_tpus():
   rows, out = (jnp.asarray(rng.randn(20, EMB), jnp.float32) for _ in range(2))
   served = (jnp.arange(20) < 17)[:, None]  # rows past the last run have no meaning
 
-  @functools.partial(jit, static_argnums=0)
+  @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(function, rows, kernels):
     return jax.value_and_grad(lambda *args: jnp.sum(jnp.where(served, function(*args) * out, 0)), (0, 1))(rows, kernels)
 
@@ -95,7 +94,7 @@ def model(**changes) -> ModelConfig:
   return ModelConfig(**{**values, **changes})
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(config, params, batch):
   loss = lambda params: jnp.mean(jnp.sin(OpenMoE(config).apply({'params': params}, batch, True)))
   return jax.value_and_grad(loss)(params)
@@ -127,7 +126,7 @@ def test_model_equals_one_with_slots_for_everybody(changes):
   assert_same(value_and_gradients(model(dispatch='dropless', **changes), params, make_batch()), want)
 
 
-@functools.partial(jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=5)
 def output_and_gradients(x, gate, wi, wo, assignment, activations):
   out = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 

@@ -25,7 +25,6 @@ from openmoe_jax.task_eval.answers import Answer, Answerer
 from openmoe_jax.tasks import evaluation
 from tests import tiny_checkpoint, tiny_run
 from tests.evaluation_tasks_test import BOOL, FILES, write
-from tests.quick_jit import jit
 
 PROBLEMS = [json.loads(line) for line in
             (pathlib.Path(__file__).parent / 'data' / 'code_problems.jsonl').read_text().splitlines()]
@@ -72,7 +71,7 @@ def forward(config):
     batch = {'decoder_input_tokens': jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens}
     logits = OpenMoE(decoding.dropless(config)).apply({'params': params}, batch)
     return jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)[0])
-  return jit(log_probs)
+  return jax.jit(log_probs)
 
 
 def direct(model, prefix, target):

@@ -20,7 +20,6 @@ from openmoe_jax.train import born_sharded, train
 from openmoe_jax.train_state import init_train_state
 from openmoe_jax.train_step import make_train_step
 from tests import numpy_reference, tiny_run
-from tests.quick_jit import COMPILER_OPTIONS, jit
 
 pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
 
@@ -59,7 +58,7 @@ def test_table_against_a_loop_over_tokens(made, output):
   streams = data.TrainStreams(run.data)
   streams.skip(2)
   model = loading.load(run.model_dir)
-  record = jit(lambda p, b: OpenMoE(run.model, record_routing=True).apply({'params': p}, b, method='features')[2])
+  record = jax.jit(lambda p, b: OpenMoE(run.model, record_routing=True).apply({'params': p}, b, method='features')[2])
   sums, seen = np.zeros((run.model.vocab_size, 4)), np.zeros(run.model.vocab_size, int)
   for _ in range(3):
     batch = {name: x.reshape(-1, x.shape[-1]) for name, x in next(streams).items()}
@@ -95,7 +94,7 @@ def test_training_goes_on_by_the_table(made, output):
   assert streams.position == restored.step == 2
   before, batch = jax.device_get(restored.state), next(streams)
   state = restored.state
-  step = make_train_step(run.model, optimizer, 2).lower(state, batch).compile(COMPILER_OPTIONS)
+  step = make_train_step(run.model, optimizer, 2).lower(state, batch).compile()
   after = jax.device_get(step(state, batch)[0])
   assert after.step == 3
   np.testing.assert_array_equal(after.router_state['experts'], before.router_state['experts'])
@@ -103,7 +102,7 @@ def test_training_goes_on_by_the_table(made, output):
   assert (kernel(after) != kernel(before)).any()  # gates learn
   ids = np.random.RandomState(0).randint(1, 500, (1, 32)).astype(np.int32)
   rows = {'decoder_input_tokens': ids, 'decoder_target_tokens': ids}
-  record = jit(lambda v: OpenMoE(run.model, record_routing=True).apply(v, rows, method='features')[2])(after.variables)
+  record = jax.jit(lambda v: OpenMoE(run.model, record_routing=True).apply(v, rows, method='features')[2])(after.variables)
   np.testing.assert_array_equal(np.asarray(record.assignment.expert_index).reshape(1, 32, 2),
                                 after.router_state['experts'][0][ids])
 

@@ -11,7 +11,7 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import to_t5x_names
 from openmoe_jax.routers.types import flat_slots
 from openmoe_jax.train_step import loss_and_metrics
-from tests import golden, golden_model, quick_jit
+from tests import golden, golden_model
 
 # Two float32 programs that add in different orders: upstream's own stack differs by 2e-6 from a numpy re-derivation.
 LOGITS = 2e-5
@@ -30,7 +30,7 @@ def run(name, dispatch, scan):
   """(config, logits, record, loss, metrics) of one golden forward."""
   config, batch, train = forward(name, dispatch=dispatch, scan_blocks=scan, loss_chunk_tokens=96)
 
-  @quick_jit.jit  # 18 programs, most of whose time is compiling
+  @jax.jit
   def compute(params):
     model = OpenMoE(config, record_routing=True)
     hidden, kernel, record = model.apply({'params': params}, batch, train, method='features')

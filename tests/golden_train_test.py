@@ -101,6 +101,7 @@ def test_adafactor_state_after_five_steps(scan):
     np.testing.assert_allclose(got, array, rtol=1e-5, atol=1e-5 * np.abs(array).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_microbatches():
   """The original adds up the gradients of microbatches; ours are means weighted by target tokens (SPEC 15.2)."""
   config = golden_model.config()

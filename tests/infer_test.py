@@ -77,6 +77,7 @@ def test_the_window_is_that_of_training(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('samples', ([], ['--num_samples=2']))
+@pytest.mark.slow
 def test_goes_on_after_part_of_a_line(checkpoint, tmp_path, samples):
   """Sampled, in smaller batches the second time: the result is that of one start, to the byte."""
   texts = [f'word {i} ' * (1 + i % 3) for i in range(11)]

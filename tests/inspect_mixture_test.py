@@ -106,6 +106,7 @@ def test_program_on_ul2(capsys, tmp_path):
                                                       for d in objectives.UL2_DENOISERS if d.density)}
 
 
+@pytest.mark.slow
 def test_program_on_the_originals_mixture_and_a_recipe(capsys, tmp_path):
   from openmoe_jax.tasks import pretraining
   texts = ['Some words of this document, and more of them. ' * 3] * 4

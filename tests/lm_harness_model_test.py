@@ -14,7 +14,6 @@ from openmoe_jax.config import ConfigError, MeshConfig
 from openmoe_jax.lm_harness_model import HarnessModel
 from openmoe_jax.loading import Model
 from openmoe_jax.model import OpenMoE
-from tests.quick_jit import jit
 from tests.tiny_harness import WINDOW, model, requests
 
 pytestmark = pytest.mark.lm_eval
@@ -33,7 +32,7 @@ def encode(text):
   return text_decoding.encode(model(), [text])[0]
 
 
-@jit
+@jax.jit
 def forward(ids):
   """Log-probabilities [1, L, V] of a plain forward pass over ids, [1, L]."""
   batch = {'decoder_input_tokens': jax.numpy.pad(ids, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': ids}

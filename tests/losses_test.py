@@ -12,7 +12,6 @@ import pytest
 from openmoe_jax.config import MeshConfig
 from openmoe_jax.losses import chunked_cross_entropy
 from openmoe_jax.partitioning import batch_sharding, make_mesh, num_shards
-from tests.quick_jit import jit
 
 B, L, D, V = 3, 11, 5, 17
 
@@ -36,7 +35,7 @@ def plain(hidden, kernel, targets, weights, z_loss=0., label_smoothing=0.):
   return cross_entropy + z, cross_entropy, z, jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets))
 
 
-@functools.partial(jit, static_argnames=('z_loss', 'label_smoothing', 'chunk_tokens'))
+@functools.partial(jax.jit, static_argnames=('z_loss', 'label_smoothing', 'chunk_tokens'))
 def value_and_gradients(hidden, kernel, targets, weights, z_loss=0., label_smoothing=0., chunk_tokens=None):
   """(four sums), d loss / d hidden, d loss / d kernel; plain if `chunk_tokens` is None."""
   def loss(hidden, kernel):
@@ -95,7 +94,7 @@ def test_gradient_of_one_token_is_the_analytic_one():
   loss = lambda x: chunked_cross_entropy(x, jnp.eye(V), jnp.full((1, 1), 4), jnp.ones((1, 1)), z_loss=1e-2).loss
   log_z = np.log(np.exp(logits).sum())
   want = (1 + 2e-2 * log_z) * np.exp(logits - log_z) - (np.arange(V) == 4)
-  np.testing.assert_allclose(jit(jax.grad(loss))(logits), want, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(logits), want, rtol=0, atol=1e-6)
 
 
 def test_finite_differences():
@@ -107,7 +106,7 @@ def test_finite_differences():
   hidden, kernel, targets, weights = inputs()
   settings = dict(z_loss=1e-2, label_smoothing=0.3, chunk_tokens=7)
   _, *grads = value_and_gradients(hidden, kernel, targets, weights, **settings)
-  value = jit(lambda h, k: chunked_cross_entropy(h, k, targets, weights, **settings).loss)
+  value = jax.jit(lambda h, k: chunked_cross_entropy(h, k, targets, weights, **settings).loss)
   step = 0.01
   for seed in range(4):
     rng = np.random.RandomState(seed)

@@ -19,7 +19,6 @@ from openmoe_jax.optimizers import adafactor, adamw
 from openmoe_jax.train_state import init_params, init_train_state, state_shardings
 from openmoe_jax.train_step import make_eval_step, make_train_step, split_microbatches
 from tests import numpy_reference
-from tests.quick_jit import COMPILER_OPTIONS, jit
 
 ROWS, LENGTH = 8, 12
 ADAFACTOR = adafactor(learning_rate=0.01, min_dim_size_to_factor=8)
@@ -80,7 +79,7 @@ def one_update(config, microbatches=1, mesh=None, mesh_config=MeshConfig(), opti
     before = jax.device_put(before, where)
     batch = jax.device_put(batch, partitioning.batch_sharding(mesh, microbatched=True))
   step = make_train_step(config, optimizer, microbatches, mesh=mesh, mesh_config=mesh_config)
-  state, metrics = step.lower(before, batch).compile(COMPILER_OPTIONS)(before, batch)
+  state, metrics = step.lower(before, batch).compile()(before, batch)
   assert int(state.step) == 1
   # Donated: the old parameters and statistics live on as the new ones.
   assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state[0])) if x.ndim)
@@ -175,9 +174,9 @@ def test_initial_values_are_the_same_everywhere():
   """Born sharded, and the same numbers: bits follow from the seed, the position and the parameter's name alone."""
   config = model()
   shapes = jax.eval_shape(lambda: init_params(config, 3))
-  want = jax.device_get(jit(lambda: init_params(config, 3))())
+  want = jax.device_get(jax.jit(lambda: init_params(config, 3))())
   shardings = partitioning.tree_shardings(shapes, make_mesh((2, 2, 2)))
-  got = jit(lambda: init_params(config, 3), out_shardings=shardings)()
+  got = jax.jit(lambda: init_params(config, 3), out_shardings=shardings)()
   for x, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), jax.device_get(got), want)

@@ -14,7 +14,6 @@ from openmoe_jax.names import from_t5x_names, to_t5x_names
 from openmoe_jax.train_state import init_params
 from openmoe_jax.train_step import gradients, loss_and_metrics, split_microbatches, target_weights
 from tests import golden, numpy_reference
-from tests.quick_jit import jit
 
 
 def model(**changes) -> ModelConfig:
@@ -34,14 +33,14 @@ def make_batch(seed=0, rows=3, length=12, vocab_size=48):
           'decoder_loss_weights': (target > 0).astype(np.int32)}
 
 
-@functools.partial(jit, static_argnames=('config', 'train'))
+@functools.partial(jax.jit, static_argnames=('config', 'train'))
 def loss_and_gradients(config, params, batch, train=True, key=None):
   (loss, metrics), grads = jax.value_and_grad(
       lambda p: loss_and_metrics(config, p, batch, train, key), has_aux=True)(params)
   return loss, metrics, grads
 
 
-@functools.partial(jit, static_argnames=('config', 'train'))
+@functools.partial(jax.jit, static_argnames=('config', 'train'))
 def apply(config, params, batch, train=False, key=None):
   return OpenMoE(config).apply({'params': params}, batch, train, rngs={} if key is None else {'dropout': key})
 
@@ -125,7 +124,7 @@ def test_gradients_by_finite_differences():
   config = model(capacity_mode='none')
   batch, params = make_batch(4), params_of(config)
 
-  @jit
+  @jax.jit
   def value(params):
     _, _, record = OpenMoE(config, record_routing=True).apply({'params': params}, batch, True, method='features')
     return loss_and_metrics(config, params, batch, True)[0], record.assignment.expert_index
@@ -149,7 +148,7 @@ def test_gradients_by_finite_differences():
   assert tried == len(numpy_reference.shapes(config))
 
 
-@functools.partial(jit, static_argnames='function')
+@functools.partial(jax.jit, static_argnames='function')
 def value_and_products(function, x, kernel, out):
   """function(x, kernel), d x and d kernel, pulled back from `out`."""
   y, pull = jax.vjp(function, x, kernel)
@@ -205,7 +204,7 @@ def test_router_logits_are_not_rounded(dtype):
 def initial(scan):
   config = ModelConfig(vocab_size=384, emb_dim=64, mlp_dim=80, num_heads=4, head_dim=16, num_layers=4, moe_interval=2,
                        num_experts=8, group_size=32, dtype='float32', scan_blocks=scan)
-  params = jit(init_params, static_argnums=0)(config, 0)
+  params = jax.jit(init_params, static_argnums=0)(config, 0)
   return {name: np.asarray(x, np.float64) for name, x in to_t5x_names(config, params).items()}
 
 
@@ -271,7 +270,7 @@ def test_experts_and_layers_start_independent(scan):
 
 def test_initial_values_follow_seed_and_scale():
   config = model(num_layers=1, moe_interval=1)
-  init = jit(init_params, static_argnums=0)
+  init = jax.jit(init_params, static_argnums=0)
   one, again, other = init(config, 1), init(config, 1), init(config, 2)
   jax.tree.map(np.testing.assert_array_equal, one, again)
   kernel = lambda p: np.asarray(p['decoder']['layers_0']['extra_mlp']['wi_0']['kernel'])
@@ -372,7 +371,7 @@ def test_microbatches_of_a_dense_model_change_nothing(normalization):
   config = model(num_layers=1, num_experts=0, moe_interval=1, loss_normalization=normalization)
   params, batch = params_of(config), make_batch(rows=4)
   _, _, want = loss_and_gradients(config, params, batch)
-  split = jit(lambda p: gradients(config, p, split_microbatches(batch, 2))[0])(params)
+  split = jax.jit(lambda p: gradients(config, p, split_microbatches(batch, 2))[0])(params)
   assert_gradients_equal(to_t5x_names(config, split), to_t5x_names(config, want), 5e-6)
 
 
@@ -389,7 +388,7 @@ def test_batch_without_weight_gives_finite_numbers():
 
 
 def test_dropout_drops_the_same_features_at_every_position():
-  run = jit(lambda key: Dropout(0.5).apply({}, jnp.ones((4, 9, 64)), True, rngs={'dropout': key}))
+  run = jax.jit(lambda key: Dropout(0.5).apply({}, jnp.ones((4, 9, 64)), True, rngs={'dropout': key}))
   got = np.asarray(run(jax.random.key(0)))
   np.testing.assert_array_equal(got, np.broadcast_to(got[:, :1], got.shape))
   assert set(np.unique(got)) == {0., 2.}

@@ -22,7 +22,6 @@ from openmoe_jax.train_state import init_train_state
 from openmoe_jax.train_step import gradients, make_train_step, split_microbatches
 from openmoe_jax.writers import DETAILS, Writers, scalars
 from tests import numpy_reference
-from tests.quick_jit import jit
 
 CONFIG = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4, num_layers=2, moe_interval=1,
                      num_experts=4, group_size=8, min_expert_capacity=1, train_capacity_factor=1., dtype='float32',
@@ -39,7 +38,7 @@ def test_by_hand():
   expert = np.asarray([[[0, 1], [1, 0], [2, 0], [0, 2], [0, 1]]])
   kept = np.asarray([[[1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]], bool)
   logits = np.log(np.float32([[[.5, .25, .25], [.25, .5, .25], [.25, .25, .5], [1 / 3] * 3, [1 / 3] * 3]]))
-  count = jit(lambda *arrays: online.counts(config, *arrays, Grouping(1, 5, 1, 5, 1), 4))
+  count = jax.jit(lambda *arrays: online.counts(config, *arrays, Grouping(1, 5, 1, 5, 1), 4))
   counts = count(TokenAssignment(expert, kept * .5, np.zeros_like(expert), kept), logits, np.arange(5)[None] < 4)
   got = dict(zip(online.names(config), np.asarray(counts)))
   entropy = 3 * (.5 * math.log(2) + .5 * math.log(4)) / math.log(3) + 1
@@ -77,7 +76,7 @@ def test_the_same_as_from_a_recording(params):
   batch = {name: x[:, :7] for name, x in make_batch((7, 3, 7)).items()}
   config = policies.configure(CONFIG.replace(eval_capacity_factor=1.), 'none').replace(
       capacity_mode='t5x', dispatch='sort', ignore_padding_tokens=False)
-  apply = jit(lambda p: OpenMoE(config, record_routing=True).apply({'params': p}, batch, False, method='features'))
+  apply = jax.jit(lambda p: OpenMoE(config, record_routing=True).apply({'params': p}, batch, False, method='features'))
   record = apply(params)[2]
   grouping = group_tokens(config, 3, 7, train=False)
   assert grouping.batch * grouping.length > 21
@@ -107,7 +106,7 @@ def test_microbatches_add_up(params):
   """A group is a row here, so that microbatches drop the same tokens; they differ in how many they have."""
   def metrics(num_microbatches):
     batch = split_microbatches(make_batch((8, 3, 8, 1, 5, 8, 8, 8)), num_microbatches)
-    run = jit(lambda params: with_shares(CONFIG, gradients(CONFIG, params, batch)[1]))
+    run = jax.jit(lambda params: with_shares(CONFIG, gradients(CONFIG, params, batch)[1]))
     return run(params)
 
   assert group_tokens(CONFIG, 8, 8, True)[2:] == (8, 8, 2) and group_tokens(CONFIG, 4, 8, True)[2:] == (4, 8, 2)

@@ -168,6 +168,7 @@ def settings(**changes):
   return DataConfig(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_streams_continue_exactly_and_only_with_the_same_packing():
   streams = data_lib.TrainStreams(settings())
   batches = [next(streams) for _ in range(3)]

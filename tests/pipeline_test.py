@@ -11,14 +11,13 @@ from openmoe_jax.config import ConfigError, MeshConfig
 from openmoe_jax.routers.state import init_state
 from openmoe_jax.train_step import gradients, make_eval_step
 from tests.mesh_test import make_batch, model, params_of
-from tests.quick_jit import jit
 
 
 def four_blocks(**changes):
   return model(num_layers=4, moe_interval=1, attention_query_blocks=1, **changes)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def step_gradients(config, params, batch, key, router_state):
   return gradients(config, params, batch, key, router_state)
 

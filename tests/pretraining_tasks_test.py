@@ -124,6 +124,7 @@ def test_a_folder_of_texts_becomes_tasks_by_its_name(folder, tmp_path):
     data_lib.TrainStreams(settings(tmp_path, mixture_or_task='my_text_full_lm'))
 
 
+@pytest.mark.slow
 def test_what_lies_in_one_folder_is_not_looked_for_in_another(folder, tmp_path):
   next(data_lib.TrainStreams(settings(folder, mixture_or_task='redpajama_book_full_lm')))
   prepared.corpora(tmp_path, {'redpajama_book': ['Other text of a book.'] * 9})

@@ -15,7 +15,6 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from openmoe_jax.quantization import Int8Kernel
 from tests import numpy_reference
-from tests.quick_jit import jit
 
 
 def model(**changes) -> ModelConfig:
@@ -62,7 +61,7 @@ def test_a_model_computes_with_the_rounded_kernels(changes):
   tokens = np.random.RandomState(0).randint(1, 48, (3, 12))
   batch = {'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens}
   for dispatch in ('dropless', 'sort', 'einsum'):
-    apply = jit(lambda p: OpenMoE(config.replace(dispatch=dispatch)).apply({'params': p}, batch))
+    apply = jax.jit(lambda p: OpenMoE(config.replace(dispatch=dispatch)).apply({'params': p}, batch))
     got, want, whole = apply(quantized), apply(rounded), apply(params_of(config))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     # Of the median, because a token whose routing flips changes by any amount.
@@ -84,6 +83,7 @@ def test_which_kernels_and_how_much_memory():
     quantization.quantize(quantized)
 
 
+@pytest.mark.slow
 def test_generating_and_scoring():
   config = model()
   whole = loading.Model(config, params_of(config), 0, {})

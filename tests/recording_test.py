@@ -17,7 +17,6 @@ from openmoe_jax.recording import collect, files, forward as forward_lib, polici
 from openmoe_jax.recording.forward import forward
 from openmoe_jax.routers.slots import in_token_order
 from tests import numpy_reference, routing_reference, tiny_checkpoint
-from tests.quick_jit import jit
 
 CONFIG = ModelConfig(vocab_size=8576, emb_dim=16, mlp_dim=16, num_heads=4, head_dim=4, num_layers=2, moe_interval=1,
                      num_experts=4, group_size=16, min_expert_capacity=1, dtype='float32', scan_blocks=False)
@@ -29,7 +28,7 @@ BATCH = {'decoder_input_tokens': np.asarray([[0, 7, 8, 9, 3, 7, 4, 5, 6], [0, 5,
 def quick():
   """Compiling takes most of the time of these tests."""
   patch = pytest.MonkeyPatch()
-  patch.setattr(forward_lib, '_run', jit(forward_lib._run.__wrapped__, static_argnums=(0,)))
+  patch.setattr(forward_lib, '_run', jax.jit(forward_lib._run.__wrapped__, static_argnums=(0,)))
   yield
   patch.undo()
 
@@ -46,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 def logits_of(config, params):
   """Router logits [N, G, T, E] of a plain pass."""
-  apply = jit(lambda p: OpenMoE(config, record_routing=True).apply({'params': p}, BATCH, False, method='features'))
+  apply = jax.jit(lambda p: OpenMoE(config, record_routing=True).apply({'params': p}, BATCH, False, method='features'))
   return np.asarray(apply(params)[2].router_logits)
 
 
@@ -74,7 +73,7 @@ def test_a_record_is_what_the_specification_says(params, policy, groups, group_s
 def test_log_probs_are_those_of_a_forward_pass(params):
   config = policies.configure(CONFIG, 'none')
   got = forward(config, params, BATCH)
-  logits = jit(lambda p: OpenMoE(config).apply({'params': p}, BATCH))(params)
+  logits = jax.jit(lambda p: OpenMoE(config).apply({'params': p}, BATCH))(params)
   want = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), BATCH['decoder_target_tokens'][..., None], -1)[..., 0]
   np.testing.assert_allclose(got.log_prob, np.where(BATCH['decoder_target_tokens'] > 0, want, np.nan), rtol=0, atol=1e-5)
   assert got.kept[:, got.is_token].all() and not got.kept[:, ~got.is_token].any()  # padding asks for nobody

@@ -9,7 +9,6 @@ from openmoe_jax import decoding
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.model import OpenMoE, variables
 from openmoe_jax.names import t5x_shapes, unflatten_names
-from tests.quick_jit import jit
 
 PROMPT, NEW = 5, 3
 MODEL = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4, num_layers=1, moe_interval=1,
@@ -29,7 +28,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass(changes):
   got = decoding.generate(config, variables(params, state), prompt, [PROMPT] * 2, NEW, eos_id=None)
   tokens = np.concatenate([np.zeros((2, 1), np.int32), prompt, got.tokens], axis=1)[:, :-1]
   batch = {'decoder_input_tokens': tokens, 'decoder_target_tokens': np.ones_like(tokens)}
-  logits = jit(lambda v: OpenMoE(config.replace(capacity_mode='none')).apply(v, batch))(variables(params, state))
+  logits = jax.jit(lambda v: OpenMoE(config.replace(capacity_mode='none')).apply(v, batch))(variables(params, state))
   np.testing.assert_array_equal(got.tokens, np.argmax(logits[:, PROMPT:], axis=-1))
   want = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, PROMPT:])), got.tokens[..., None], axis=-1)[..., 0]
   np.testing.assert_allclose(got.log_probs, want, atol=2e-4)

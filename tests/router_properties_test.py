@@ -13,7 +13,6 @@ from openmoe_jax.config import ROUTERS, ModelConfig
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.routers.types import RouterContext, SlotAssignment, tokens_from_slots
 from openmoe_jax.train_state import init_params
-from tests.quick_jit import jit
 
 GROUPS, TOKENS, EXPERTS, VOCAB = 8, 10, 4, 20
 VARIANTS = {
@@ -37,7 +36,7 @@ def model(**changes) -> ModelConfig:
   return ModelConfig(**{**values, **changes})
 
 
-@functools.partial(jit, static_argnames=('config', 'capacity'))
+@functools.partial(jax.jit, static_argnames=('config', 'capacity'))
 def run(config, capacity, inputs):
   """The output, its assignment from the tokens' side, and what each expert's result is multiplied with: [G, T, E]."""
   logits, is_token, context = inputs
@@ -228,8 +227,8 @@ def test_logits_of_the_whole_model(changes, leaks):
                        scan_blocks=False, attention_query_blocks=1, init_scale=1., **changes)
   tokens = np.random.RandomState(0).randint(1, 64, (30, 24)).astype(np.int32)
   tokens[1:, :18] = tokens[0, :18]
-  params = jit(init_params, static_argnums=0)(config, 0)
-  apply = jit(lambda row: OpenMoE(config).apply({'params': params}, {
+  params = jax.jit(init_params, static_argnums=0)(config, 0)
+  apply = jax.jit(lambda row: OpenMoE(config).apply({'params': params}, {
       'decoder_input_tokens': row[None], 'decoder_target_tokens': row[None]}, True)[0, :17])
   logits = np.stack([apply(row) for row in tokens])
   spread = np.abs(logits - logits[0]).max()

@@ -20,7 +20,6 @@ from openmoe_jax.train import born_sharded
 from openmoe_jax.train_state import init_train_state
 from openmoe_jax.train_step import loss_and_metrics, make_eval_step, make_train_step
 from tests import numpy_reference, tiny_run
-from tests.quick_jit import COMPILER_OPTIONS, jit
 
 ROWS, LENGTH = 4, 8
 MODEL = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4, num_layers=2, moe_interval=1,
@@ -40,7 +39,7 @@ def first_state(config):
 
 def compiled_step(config, state, **options):
   step = make_train_step(config, optax.sgd(0.1), **options)
-  return step.lower(state, make_batch()).compile(COMPILER_OPTIONS)
+  return step.lower(state, make_batch()).compile()
 
 
 @pytest.fixture(scope='module')
@@ -68,21 +67,21 @@ def test_the_step_moves_biases_towards_equal_loads(three_steps):
 
 def test_biases_change_what_is_computed(three_steps):
   state = three_steps[-1][0]
-  run = jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))
+  run = jax.jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))
   fresh, trained = run(variables(state.params, {'bias': np.zeros((2, 4), np.float32)})), run(state.variables)
   assert np.abs(fresh - trained).max() > 0.01
-  evaluated = make_eval_step(MODEL).lower(state.variables, make_batch()).compile(COMPILER_OPTIONS)(
+  evaluated = make_eval_step(MODEL).lower(state.variables, make_batch()).compile()(
       state.variables, make_batch())
-  loss = jit(lambda v: loss_and_metrics(MODEL, v, make_batch(), train=False)[0])(state.variables)
+  loss = jax.jit(lambda v: loss_and_metrics(MODEL, v, make_batch(), train=False)[0])(state.variables)
   np.testing.assert_allclose(evaluated['loss'] / evaluated['num_target_tokens'], loss, rtol=1e-5)
 
 
 def test_scanned_blocks_get_their_own_biases(three_steps):
   state = three_steps[-1][0]
   scanned = MODEL.replace(scan_blocks=True)
-  got = jit(lambda p, s: OpenMoE(scanned).apply(variables(p, s), make_batch()))(
+  got = jax.jit(lambda p, s: OpenMoE(scanned).apply(variables(p, s), make_batch()))(
       stack_blocks(scanned, state.params), state.router_state)
-  want = jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(state.variables)
+  want = jax.jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(state.variables)
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
@@ -116,8 +115,8 @@ def test_saved_restored_and_gone_on_with(compiled, three_steps, tmp_path):
 
   model = loading.load(run.model_dir)
   np.testing.assert_array_equal(model.router_state['bias'], state.router_state['bias'])
-  np.testing.assert_allclose(jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(model.variables),
-                             jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(state.variables), atol=1e-6)
+  np.testing.assert_allclose(jax.jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(model.variables),
+                             jax.jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))(state.variables), atol=1e-6)
 
   with pytest.raises(ConfigError, match='holds a router_state .*, which no conversion carries over'):
     OrbaxSource(run.model_dir)
@@ -165,7 +164,7 @@ def test_jitter_needs_a_key_and_draws_anew_in_every_step():
   params = first_state(config).params
   with pytest.raises(ConfigError, match='needs a random key in training'):
     OpenMoE(config).apply({'params': params}, make_batch(), True)
-  loss = jit(lambda key: loss_and_metrics(config, params, make_batch(), True, key)[1]['router_z_loss'])
+  loss = jax.jit(lambda key: loss_and_metrics(config, params, make_batch(), True, key)[1]['router_z_loss'])
   a, b, again = (float(loss(jax.random.key(seed))) for seed in (1, 2, 1))
   assert a != b and a == again
   jax.eval_shape(lambda: loss_and_metrics(config, params, make_batch(), train=False))  # no noise in evaluation

@@ -10,7 +10,6 @@ from openmoe_jax.config import ROUTERS, ModelConfig
 from openmoe_jax.names import flatten_names, t5x_shapes
 from openmoe_jax.train_state import init_params, init_train_state
 from openmoe_jax.train_step import make_train_step
-from tests.quick_jit import COMPILER_OPTIONS, jit
 
 pytestmark = pytest.mark.slow  # many programs are compiled, or processes started
 
@@ -53,12 +52,12 @@ def test_every_router_is_tried():
 def test_loss_falls(name):
   config = MODEL.replace(**VARIANTS[name])
   optimizer = optax.adam(0.02)
-  params = jit(init_params, static_argnums=0)(config, 0)
+  params = jax.jit(init_params, static_argnums=0)(config, 0)
   shapes = {name: x.shape for name, x in flatten_names(params).items()}
   assert shapes == t5x_shapes(config)
   partitioning.params_axes(params)  # every parameter has its logical axes
   state = init_train_state(config, optimizer, params)
-  step = make_train_step(config, optimizer).lower(state, make_batch()).compile(COMPILER_OPTIONS)
+  step = make_train_step(config, optimizer).lower(state, make_batch()).compile()
   history = []
   for _ in range(STEPS):
     state, metrics = step(state, make_batch())

@@ -13,7 +13,6 @@ from openmoe_jax.routers import groups as groups_lib
 from openmoe_jax.routers import frozen, hashing, noisy_top_k, sigmoid, switch
 from openmoe_jax.routers.types import RouterContext
 from tests import router_variants_reference as reference, routing_reference
-from tests.quick_jit import jit
 
 GROUPS, TOKENS, EXPERTS = 2, 12, 4
 
@@ -23,7 +22,7 @@ def model(**changes) -> ModelConfig:
   return ModelConfig(**{**values, **changes})
 
 
-@functools.partial(jit, static_argnames=('config', 'capacity'))
+@functools.partial(jax.jit, static_argnames=('config', 'capacity'))
 def run(config, logits, is_token, capacity, context):
   return routers.route(config, logits, is_token, capacity, context)
 
@@ -123,7 +122,7 @@ def test_no_gradient_reaches_the_bias():
   def total(bias, logits):
     got = routers.route(config, logits, jnp.ones(logits.shape[:2], bool), 3, RouterContext(state={'bias': bias}))
     return jnp.sum(got.assignment.gate) + got.auxiliary_loss + got.router_z_loss
-  by_bias, by_logits = jit(jax.grad(total, argnums=(0, 1)))(jnp.zeros(EXPERTS), jnp.asarray(random_logits(3)))
+  by_bias, by_logits = jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.zeros(EXPERTS), jnp.asarray(random_logits(3)))
   assert not np.asarray(by_bias).any() and np.asarray(by_logits).all()
 
 
@@ -176,7 +175,7 @@ def test_both_losses_of_noisy_top_k_push_at_the_favourite():
   def loss(logits):
     is_token = jnp.ones(logits.shape[:2], bool)
     return routers.route(config, logits, is_token, 3, RouterContext(more_logits=raw)).auxiliary_loss
-  slope = np.asarray(jit(jax.grad(loss))(logits)).sum(axis=(0, 1))
+  slope = np.asarray(jax.jit(jax.grad(loss))(logits)).sum(axis=(0, 1))
   assert slope[0] > 0 and slope[0] == slope.max()
 
 
@@ -197,14 +196,14 @@ def test_padding_is_not_in_the_losses_of_noisy_top_k():
 
 def test_hash_gives_different_experts_evenly():
   config = model(router='hash', num_experts=5, num_selected_experts=3)
-  experts = np.asarray(jit(lambda ids: hashing.experts_of(config, ids))(jnp.arange(5000)))
+  experts = np.asarray(jax.jit(lambda ids: hashing.experts_of(config, ids))(jnp.arange(5000)))
   assert all(len(set(row)) == 3 for row in experts.tolist())
   for choice in range(3):
     counts = np.bincount(experts[:, choice], minlength=5)
     assert abs(counts - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8), counts
   pairs = np.bincount(experts[:-1, 0] * 5 + experts[1:, 0], minlength=25)  # neighbours have nothing to do with each other
   assert abs(pairs - 200).max() < 5 * np.sqrt(200)
-  other = np.asarray(jit(lambda ids: hashing.experts_of(config.replace(hash_seed=1), ids))(jnp.arange(5000)))
+  other = np.asarray(jax.jit(lambda ids: hashing.experts_of(config.replace(hash_seed=1), ids))(jnp.arange(5000)))
   assert 0.15 < (other[:, 0] == experts[:, 0]).mean() < 0.25
 
 
@@ -217,7 +216,7 @@ def test_hash_by_hand():
   config, ids = model(router='hash', hash_seed=7), np.array([[3, 9, 3, 39], [9, 0, 1, 2]], np.int32)
   wants = [[reference.largest([mix((int(t) * EXPERTS + e + mix(7)) % 2**32) >> 1 for e in range(EXPERTS)], 2)
             for t in row] for row in ids]
-  got = jax.tree.map(np.asarray, jit(lambda: routers.route(config, None, jnp.ones(ids.shape, bool), 2,
+  got = jax.tree.map(np.asarray, jax.jit(lambda: routers.route(config, None, jnp.ones(ids.shape, bool), 2,
                                                            RouterContext(token_ids=ids)))())
   assert got.assignment.expert_index.tolist() == wants
   slot, kept = reference.serve(wants, [[0, 1, 2, 3]] * 2, 2, EXPERTS)
@@ -237,7 +236,7 @@ def test_frozen_looks_up_experts_and_learns_gates():
   def gates(x):
     context = RouterContext(token_ids=ids, state={'experts': table})
     return jnp.sum(routers.route(model(router='frozen'), x, jnp.ones(ids.shape, bool), 4, context).assignment.gate)
-  assert np.asarray(jit(jax.grad(gates))(jnp.asarray(logits))).any()
+  assert np.asarray(jax.jit(jax.grad(gates))(jnp.asarray(logits))).any()
 
 
 def test_table_of_mean_probabilities():

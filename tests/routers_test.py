@@ -15,7 +15,6 @@ from openmoe_jax.routers import groups as groups_lib
 from openmoe_jax.routers import slots
 from openmoe_jax.routers.types import flat_slots, slots_from_tokens, tokens_from_slots
 from tests import golden, routing_reference
-from tests.quick_jit import jit
 
 TABLE = 'group_capacity_table.json'
 
@@ -25,7 +24,7 @@ def model(**changes) -> ModelConfig:
   return ModelConfig(**{**values, **changes})
 
 
-@functools.partial(jit, static_argnames=('config', 'capacity'))
+@functools.partial(jax.jit, static_argnames=('config', 'capacity'))
 def route(config, logits, is_token, capacity):
   return routers.route(config, logits, is_token, capacity)
 
@@ -177,7 +176,7 @@ def test_places_in_long_queues(tokens):
         if expert[g, t, s] in length:
           places[g, t, s] = length[expert[g, t, s]]
           length[expert[g, t, s]] += 1
-  both = jit(lambda e: (slots.queue_positions(e, 7), slots.in_token_order(e, 7)))
+  both = jax.jit(lambda e: (slots.queue_positions(e, 7), slots.in_token_order(e, 7)))
   for got, want in zip(both(expert), (by_rank, by_token)):
     np.testing.assert_array_equal(got, want)
 
@@ -251,7 +250,7 @@ def test_gradient_reaches_the_router_by_gates_and_losses_only():
     aux = 4 * jnp.mean(jnp.sum(f * probs.mean(axis=1), axis=-1))
     return jnp.sum(out * gate) + aux + jnp.mean(jax.nn.logsumexp(x, axis=-1) ** 2)
 
-  np.testing.assert_allclose(jit(jax.grad(through_library))(logits), jit(jax.grad(by_hand))(logits), atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(through_library))(logits), jax.jit(jax.grad(by_hand))(logits), atol=1e-6)
 
 
 # The two result types.
@@ -262,7 +261,7 @@ def test_slots_and_tokens_are_inverse(selected, ignore_padding):
   groups, tokens, experts, capacity = 3, 14, 5, 4
   config = model(num_experts=experts, num_selected_experts=selected, ignore_padding_tokens=ignore_padding)
 
-  @jit
+  @jax.jit
   def both(logits, is_token):
     assignment = routers.route(config, logits, is_token, capacity).assignment
     slots = slots_from_tokens(assignment, experts, capacity)

@@ -12,7 +12,6 @@ from openmoe_jax.config import ConfigError, MeshConfig, ModelConfig
 from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names
 from tests import numpy_reference
-from tests.quick_jit import jit
 
 DIRECT = 1e-5  # of a sum of up to 20 log-probabilities of about -4, each right to float32's last bits
 LENGTHS = np.array([20, 1, 7, 13, 20])
@@ -39,7 +38,7 @@ def directly(config, tokens):
   """Log-probabilities [B, L, V] of one plain forward pass."""
   batch = {'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1], 'decoder_target_tokens': tokens,
            'decoder_causal_attention': (np.arange(20) <= PREFIXES[:, None]).astype(np.int32)}
-  return np.asarray(jax.nn.log_softmax(jit(lambda p: OpenMoE(config).apply({'params': p}, batch))(params_of(config))))
+  return np.asarray(jax.nn.log_softmax(jax.jit(lambda p: OpenMoE(config).apply({'params': p}, batch))(params_of(config))))
 
 
 def expected(config, tokens):

@@ -19,7 +19,6 @@ from openmoe_jax.recording import collect, policies
 from openmoe_jax.routers import frozen, surgery as edits_lib
 from openmoe_jax.routers.types import RouterContext
 from tests import numpy_reference, tiny_checkpoint
-from tests.quick_jit import jit
 from tests.routing_reference import softmax
 
 CONFIG = ModelConfig(vocab_size=48, emb_dim=16, mlp_dim=16, num_heads=2, head_dim=4, num_layers=2, moe_interval=1,
@@ -33,7 +32,7 @@ DOMAINS = ('demo_code_full_lm', 'demo_prose_full_lm')
 def quick():
   patch = pytest.MonkeyPatch()
   for name in ('_run', '_count'):
-    patch.setattr(surgery, name, jit(getattr(surgery, name).__wrapped__, static_argnums=(0,)))
+    patch.setattr(surgery, name, jax.jit(getattr(surgery, name).__wrapped__, static_argnums=(0,)))
   yield
   patch.undo()
 
@@ -41,7 +40,7 @@ def quick():
 # A router under edits.
 
 
-@functools.partial(jit, static_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0,))
 def route(config, logits, is_token, context):
   out = routers.route(config, logits, is_token, logits.shape[1], context).assignment
   return out.expert_index, out.gate
@@ -130,7 +129,7 @@ def params():
 def log_probs(config, vars, edits=None):
   if edits is not None:
     return np.asarray(surgery._run(config, vars, BATCH, edits)[0])
-  apply = jit(lambda v: OpenMoE(config).apply(v, BATCH))
+  apply = jax.jit(lambda v: OpenMoE(config).apply(v, BATCH))
   return np.take_along_axis(np.asarray(jax.nn.log_softmax(apply(vars))), BATCH['decoder_target_tokens'][..., None],
                             axis=-1)[..., 0]
 
@@ -225,7 +224,7 @@ def test_changes_are_paired_means_of_a_changed_model(checkpoint, reported):
   about = json.loads((reported.parent / 'ablation.json').read_text())
   lines = {(line['domain'], line['kind'], line['expert']): line for line in about['ablations']}
   config = policies.configure(model.config, 'none')
-  loss = jit(lambda p, batch: jnp.take_along_axis(jax.nn.log_softmax(OpenMoE(config).apply({'params': p}, batch)),
+  loss = jax.jit(lambda p, batch: jnp.take_along_axis(jax.nn.log_softmax(OpenMoE(config).apply({'params': p}, batch)),
                                                   batch['decoder_target_tokens'][..., None], axis=-1)[..., 0])
   kernel = model.params['decoder']['layers_1']['mlp']['expert']['wo']
   for domain in DOMAINS:

@@ -51,7 +51,8 @@ def environment(devices: int = 1, **more: str) -> Dict[str, str]:
   cache = os.path.join(os.environ.get('OPENMOE_TEST_CACHE', tempfile.gettempdir()), f'openmoe_jax_test_cache_{os.getuid()}')
   path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
   return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
-          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_COMPILATION_CACHE_DIR': cache,
+          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+          'JAX_COMPILATION_CACHE_DIR': cache,
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', **more}
 
 

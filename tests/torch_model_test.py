@@ -21,7 +21,7 @@ from openmoe_jax.model import OpenMoE
 from openmoe_jax.names import from_t5x_names, t5x_shapes, to_t5x_names
 from openmoe_jax.routers.groups import group_tokens
 from openmoe_jax.train_step import loss_and_metrics
-from tests import golden, golden_model, quick_jit
+from tests import golden, golden_model
 from tests.torch_model import modules_folder
 
 pytestmark = pytest.mark.torch
@@ -81,7 +81,7 @@ def assert_same(config: ModelConfig, params: dict, batch: dict, train: bool):
   if not train:  # PyTorch's evaluation loss is without the auxiliary ones
     config = config.replace(aux_loss_factor=0., router_z_loss_factor=0.)
 
-  @quick_jit.jit
+  @jax.jit
   def compute(params):
     (loss, _), grads = jax.value_and_grad(lambda p: loss_and_metrics(config, p, batch, train), has_aux=True)(params)
     return loss, grads, OpenMoE(config).apply({'params': params}, batch, train)

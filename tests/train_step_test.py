@@ -16,7 +16,6 @@ from openmoe_jax.names import from_t5x_names, stack_blocks, unstack_blocks
 from openmoe_jax.train_state import init_train_state
 from openmoe_jax.train_step import loss_and_metrics, make_eval_step, make_train_step, split_microbatches
 from tests import numpy_reference
-from tests.quick_jit import COMPILER_OPTIONS, jit
 
 ROWS, LENGTH = 4, 12
 
@@ -47,20 +46,20 @@ def params_of(config):
   return from_t5x_names(config, t5x_params(config))
 
 
-@functools.partial(jit, static_argnames=('config', 'train'))
+@functools.partial(jax.jit, static_argnames=('config', 'train'))
 def loss_of(config, params, batch, train=True):
   return loss_and_metrics(config, params, batch, train)
 
 
 def evaluate(config, params, batch):
-  return to_means(make_eval_step(config).lower(params, batch).compile(COMPILER_OPTIONS)(params, batch))
+  return to_means(make_eval_step(config).lower(params, batch).compile()(params, batch))
 
 
 def compile_step(config, params, batch, num_microbatches=1):
   """params -> (state after the first step, its metrics)."""
   optimizer = optax.sgd(1e-3)
   state = init_train_state(config, optimizer, params)
-  step = make_train_step(config, optimizer, num_microbatches).lower(state, batch).compile(COMPILER_OPTIONS)
+  step = make_train_step(config, optimizer, num_microbatches).lower(state, batch).compile()
   return lambda params: step(init_train_state(config, optimizer, params), batch)
 
 
@@ -231,5 +230,5 @@ def test_metrics_carry_no_gradient():
   config = model(num_experts=4)
   params, batch = params_of(config), make_batch()
   for name in ('loss', 'cross_ent_loss', 'auxiliary_loss', 'router_z_loss'):
-    grads = jit(jax.grad(lambda p, name=name: loss_and_metrics(config, p, batch)[1][name]))(params)
+    grads = jax.jit(jax.grad(lambda p, name=name: loss_and_metrics(config, p, batch)[1][name]))(params)
     assert all(not np.any(x) for x in jax.tree.leaves(grads)), name

@@ -73,6 +73,7 @@ def test_the_saved_model_is_the_trained_one(finished):
   assert model.vocabulary.vocab_size <= run.model.vocab_size
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do_and_extends(finished, tmp_path):
   run, _ = finished
   short = dataclasses.replace(tiny_run.tiny_run(tmp_path / 'run', mesh=MESH, train=dict(train_steps=7)))
