@@ -72,7 +72,7 @@ def test_a_recipe_with_changes_on_the_command_line(capsys):
 def test_memory_per_device_follows_the_mesh(capsys):
   args = ('--gin_file=recipes/demo.gin', '--gin.NUM_EXPERT_PARTITIONS=2', '--gin.NUM_MODEL_PARTITIONS=2')
   got = report(capsys, *args, '--num_devices=8', '--sharding')
-  assert got['mesh'] == {'data': 2, 'expert': 2, 'model': 2}
+  assert got['mesh'] == {'pipe': 1, 'data': 2, 'expert': 2, 'model': 2}
   arrays = {row['name']: row for row in got['sharding'] if row['kind'] == 'parameter'}
   experts = arrays['decoder/layers_1/mlp/expert/wi_1/kernel']
   assert experts['spec'] == ['expert', None, 'model'] and experts['device_bytes'] * 4 == experts['bytes']

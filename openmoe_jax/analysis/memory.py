@@ -4,6 +4,7 @@ Parameters, optimizer state and gradients are exact. Activations are an estimate
 the compiler fuses, reuses or overlaps can move it by a third either way.
 """
 
+import functools
 import math
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 
 from openmoe_jax import optimizers, partitioning
 from openmoe_jax.analysis.flops import slots_per_token
-from openmoe_jax.config import MeshConfig, ModelConfig, RunConfig, require
+from openmoe_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig, require
 from openmoe_jax.layers import hidden_widths
-from openmoe_jax.train_state import abstract_train_state
+from openmoe_jax.train_state import TrainState, abstract_train_state
 
 
 class ArrayPlan(NamedTuple):
@@ -49,11 +50,16 @@ def mesh_shape(mesh: MeshConfig, num_devices: int = 0) -> Dict[str, int]:
 
 def state_plan(run: RunConfig, mesh: Mapping[str, int]) -> Tuple[List[ArrayPlan], List[ArrayPlan], List[ArrayPlan]]:
   """Plans of the arrays of parameters, optimizer state and gradients, as the training step holds them."""
-  state = abstract_train_state(run.model, optimizers.make_optimizer(run.optimizer, run.train.train_steps))
+  state = _abstract_state(run.model, run.optimizer, run.train.train_steps)
   axes = partitioning.params_axes(state.params)
   return (_plans(state.params, axes, mesh, run.mesh.fsdp),
           _plans(state.opt_state, optimizers.state_axes(state.opt_state, state.params), mesh, run.mesh.optimizer_fsdp),
           _plans(state.params, axes, mesh, run.mesh.optimizer_fsdp))
+
+
+@functools.cache  # a sweep asks for every mesh
+def _abstract_state(model: ModelConfig, optimizer: OptimizerConfig, train_steps: int) -> TrainState:
+  return abstract_train_state(model, optimizers.make_optimizer(optimizer, train_steps))
 
 
 def _plans(tree: Any, axes: Any, mesh: Mapping[str, int], fsdp: Sequence[str]) -> List[ArrayPlan]:
