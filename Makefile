@@ -1,6 +1,6 @@
 # make demo      train the demo model on this machine's CPU and show where its results are
 # make test      the quick tests              make test-all   the slow ones, and those that need PyTorch, lm-eval or the
-#                                                            TPU compiler
+#                                                            TPU compiler; make test-exhaustive   still more cases
 # make routing-study-small   what the demo's routers do: records its checkpoints, draws figures, writes a report
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
@@ -32,7 +32,7 @@ DATA_DEMO_DIR := runs/data_demo
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all bench bench-decode bench-data conversion-study routing-study-small router-study install \
+.PHONY: demo test test-all test-exhaustive bench bench-decode bench-data conversion-study routing-study-small router-study install \
 	install-torch install-eval install-tpu data-demo data-study clean
 
 demo: $(INSTALLED)
@@ -47,10 +47,14 @@ routing-study-small: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.routing_study_small --model_dir=$(DEMO_DIR) $(FLAGS)
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not torch and not lm_eval and not tpu"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "not slow and not exhaustive and not torch and not lm_eval and not tpu"
 
 test-all: $(TORCH_INSTALLED) $(EVAL_INSTALLED) $(TPU_INSTALLED)
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "slow or torch or lm_eval or tpu"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m "(slow or torch or lm_eval or tpu) and not exhaustive"
+
+# An hour or two: after changes of meshes, of data, of remat.
+test-exhaustive: $(TORCH_INSTALLED) $(EVAL_INSTALLED) $(TPU_INSTALLED)
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_FLAGS) -m exhaustive
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step

@@ -89,6 +89,7 @@ def test_all_formats_in_a_circle(t5x, tmp_path):
   assert models == (model.replace(scan_blocks=True),) * 2
 
 
+@pytest.mark.slow
 def test_a_converted_model_computes_the_golden_logits(t5x, tmp_path):
   """Parameters of golden/params.npz, through Hugging Face and T5X folders, give the original's logits."""
   from openmoe_jax.convert.t5x import T5XSink

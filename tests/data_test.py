@@ -291,13 +291,13 @@ def test_interrupted_runs_continue_identically():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
-    dict(num_streams=4), dict(num_streams=1, pack=False), dict(num_streams=2, shuffle=False),
-    dict(num_streams=2, open_rows=3),
-    dict(num_streams=2, mixture_or_task='numbers_one_file'),
-    dict(num_streams=2, mixture_or_task='demo_full_lm'),
+    dict(num_streams=4),
+    *(pytest.param(changes, marks=pytest.mark.exhaustive) for changes in (
+        dict(num_streams=1, pack=False), dict(num_streams=2, shuffle=False), dict(num_streams=2, open_rows=3),
+        dict(num_streams=2, mixture_or_task='numbers_one_file'), dict(num_streams=2, mixture_or_task='demo_full_lm'),
+        dict(num_streams=1, mixture_or_task='demo_prefix_lm', task_feature_lengths={'inputs': 32, 'targets': 32}),
+        dict(num_streams=1, mixture_or_task='demo_ul2_corrected', task_feature_lengths={'inputs': 32, 'targets': 32}))),
     dict(num_streams=1, mixture_or_task='demo_ul2', task_feature_lengths={'inputs': 32, 'targets': 32}),
-    dict(num_streams=1, mixture_or_task='demo_prefix_lm', task_feature_lengths={'inputs': 32, 'targets': 32}),
-    dict(num_streams=1, mixture_or_task='demo_ul2_corrected', task_feature_lengths={'inputs': 32, 'targets': 32}),
     dict(num_streams=1, mixture_or_task='demo_fim', task_feature_lengths={'targets': 64}, open_rows=2)])
 def test_many_interrupted_runs_continue_identically(changes):
   check_interrupted_runs(settings(**changes), 100, rounds=2, seed=7)
@@ -572,6 +572,7 @@ def test_cached_tasks_stream_from_their_files(files, cache):
     assert len(list(data_lib.eval_batches(dataclasses.replace(data, eval_batches=0), 'cached_text'))) == 5
 
 
+@pytest.mark.slow
 def test_ul2_of_a_cached_task_continues_identically(cache):
   """Its six denoisers iterate the cached files, each for itself, and must see one order of them."""
   cache('cached_ul2', 4)

@@ -161,6 +161,7 @@ def test_steps_equal_the_full_forward_pass(changes):
 
 @pytest.mark.parametrize('options', (pytest.param({}, marks=pytest.mark.slow),
                                      {'temperature': 1., 'top_k': 20, 'top_p': 0.9, 'seed': 3}))
+@pytest.mark.slow
 def test_rows_know_nothing_of_their_neighbours(options):
   """16 prompts of mixed lengths together, alone without padding, and some of them in a wider rectangle."""
   config = model()
@@ -252,6 +253,7 @@ def test_finish_ends_rows_from_outside():
   assert generation.result().lengths[:, 0].tolist() == [12, 5, 12] and not generation.running
 
 
+@pytest.mark.slow
 def test_one_compile_for_a_bucket():
   """All prompt lengths, batch sizes and numbers of new tokens within their buckets share two programs."""
   config = model(vocab_size=49)  # that no other test has compiled

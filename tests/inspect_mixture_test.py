@@ -47,6 +47,7 @@ def _register():
 _register()
 
 
+@pytest.mark.slow
 def test_shares_fill_and_cut_tokens_are_counted():
   data = DataConfig(mixture_or_task='report_mix', task_feature_lengths={'targets': 10}, num_streams=1)
   report = mixture_report.measure(data, 4000)

@@ -1,6 +1,6 @@
 """A mesh of devices changes nothing: loss, gradients, one update and initial values on 8 fake CPU devices against one.
 
-Every shape data x expert x model of 8, 4 and 2 devices is tried; one of them is a quick test.
+Every shape data x expert x model of 8, 4 and 2 devices is tried; one of them is a quick test, five are slow ones.
 """
 
 import functools
@@ -31,6 +31,7 @@ def shapes_of(count):
 
 
 QUICK = ((2, 2, 2),)
+SLOW = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 1), (1, 1, 2))
 ALL = tuple(shape for count in (8, 4, 2) for shape in shapes_of(count))
 
 
@@ -113,8 +114,8 @@ def test_mesh_equals_one_device(shape):
   compare(model(), shape)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('shape', ALL, ids=str)
+@pytest.mark.parametrize('shape', [pytest.param(shape, marks=pytest.mark.slow if shape in SLOW else pytest.mark.exhaustive)
+                                   for shape in ALL], ids=str)
 def test_every_mesh_equals_one_device(shape):
   compare(model(num_layers=1, moe_interval=1, scan_blocks=False, attention_query_blocks=1), shape)
 

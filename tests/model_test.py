@@ -93,7 +93,7 @@ def test_scan_and_remat_change_nothing(changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan', (False, True), ids=('unrolled', 'scanned'))
+@pytest.mark.parametrize('scan', (pytest.param(False, marks=pytest.mark.exhaustive), True), ids=('unrolled', 'scanned'))
 @pytest.mark.parametrize('remat', ('none', 'dots', 'minimal', 'full'))
 def test_every_remat_policy(scan, remat):
   check_variant(model(num_layers=4, scan_blocks=scan, remat=remat))

@@ -124,6 +124,7 @@ def test_going_on_after_an_interruption(questions, tmp_path):
   assert mt_bench.write_answers(Fake(fail_after=0), questions, parts, 'm') == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_model_answers_the_same_in_other_company(questions, tmp_path):
   asked = [question for question in questions if mt_bench.TEMPERATURES.get(question.category, .7) == .7]
   whole, parts = tmp_path / 'whole.jsonl', tmp_path / 'parts.jsonl'

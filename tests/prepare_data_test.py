@@ -267,7 +267,7 @@ def test_a_document_of_50_mb(tmp_path, suffix):
   assert [len(text) for text in found] == [6, 50_000_000, 5] and found == ['before', big, 'after']
 
 
-@pytest.mark.slow  # Nearly all of it is sentencepiece, which takes a document as a whole.
+@pytest.mark.exhaustive  # Nearly all of it is sentencepiece, which takes a document as a whole.
 def test_a_document_of_50_mb_to_batches(tmp_path):
   big = ('A long line of a long document, ü.\n' * 1_430_000)[:50_000_000]
   texts = TEXTS + [big] + TEXTS * 2

@@ -98,6 +98,7 @@ def test_ten_thousand_examples_have_the_rates_within_one_percent(folder, name):
     assert abs(count / 10_000 - rates[corpus] / sum(rates.values())) < .01, corpus
 
 
+@pytest.mark.slow
 def test_mixtures_without_prompts_have_none(folder):
   beginnings = {}
   for name in ('redpajama_book_ul2', 'redpajama_book_ul2_noprefix'):

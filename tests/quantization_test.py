@@ -95,6 +95,7 @@ def test_generating_and_scoring():
   assert not np.array_equal(*scores) and got.tokens.shape == (3, 6)
 
 
+@pytest.mark.slow
 def test_experts_on_many_devices():
   config = model()
   mesh = partitioning.make_mesh(MeshConfig(2, 4, 1))

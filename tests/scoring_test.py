@@ -80,6 +80,7 @@ def test_rows_know_nothing_of_their_neighbours():
   np.testing.assert_array_equal(wide.log_probs, together.log_probs)  # the same program
 
 
+@pytest.mark.slow
 def test_greedy_finds_the_likeliest_continuation():
   config = model()
   tokens, lengths = rows()[:1], np.array([20])

@@ -107,6 +107,7 @@ def test_streaming_gives_what_generate_gives():
   assert got == want and all(want)
 
 
+@pytest.mark.slow
 def test_neither_order_nor_batch_size_matters():
   want = generated(temperature=1., seed=5)
   assert generated(temperature=1., seed=5, batch_size=1) == want == generated(temperature=1., seed=5, batch_size=3)
@@ -120,6 +121,7 @@ def test_prompts_may_be_ids():
   assert generated([ids[0], TEXTS[1], *ids[2:]]) == generated()
 
 
+@pytest.mark.slow
 def test_samples_of_a_text():
   samples = generated(TEXTS[:2], temperature=1., num_samples=3)
   assert [len(row) for row in samples] == [3, 3] and len({text for row in samples for text in row}) == 6
