@@ -3,6 +3,7 @@
 #                                                            TPU compiler; make test-exhaustive   still more cases
 # make routing-study-small   what the demo's routers do: records its checkpoints, draws figures, writes a report
 # make bench     speed of one training step   make clean      remove .venv
+# make bench-all   what layer, training step and decoding cost, over their sizes
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
 # make router-study   remedies for the router, compared over seeds (an hour or two, can be stopped; more seeds:
@@ -29,10 +30,11 @@ EVAL_INSTALLED := $(VENV)/.openmoe_jax_eval_installed
 TPU_INSTALLED := $(VENV)/.openmoe_jax_tpu_installed
 DEMO_DIR := runs/demo
 DATA_DEMO_DIR := runs/data_demo
+BENCH_DIR := runs/benchmark
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-exhaustive bench bench-decode bench-data conversion-study routing-study-small router-study install \
+.PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data conversion-study routing-study-small router-study install \
 	install-torch install-eval install-tpu data-demo data-study clean
 
 demo: $(INSTALLED)
@@ -58,6 +60,10 @@ test-exhaustive: $(TORCH_INSTALLED) $(EVAL_INSTALLED) $(TPU_INSTALLED)
 
 bench: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_train_step
+
+# Half an hour: layer, training step and decoding over their sizes; goes on where it was stopped.
+bench-all: $(INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.benchmark --output=$(BENCH_DIR) $(FLAGS)
 
 bench-decode: $(TORCH_INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_decode

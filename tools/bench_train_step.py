@@ -1,34 +1,35 @@
 """Times the training step and says what share of a matrix product's speed it reaches.
 
   python -m openmoe_jax.tools.bench_train_step            # or: make bench
+  python -m openmoe_jax.tools.bench_train_step --profile_steps=3:5
 
 The figure of merit is the model's arithmetic (matrix products of the forward and backward pass over tokens and filled
 expert slots; not dispatch, not recomputation) per second, divided by what a 2048-cubed float32 matrix product reaches
 in the same process, timed before, between and after the steps, the best of them counted. Once by wall clock, once by
 CPU-seconds of the whole process: the latter is the steadier on shared machines.
 
-Allocator settings that help on CPU are in docs/benchmarks.md. Needs no TensorFlow.
+Allocator settings that help on CPU are in docs/benchmarks.md; `benchmark` varies sizes. Needs no TensorFlow.
 """
 
 import argparse
 import json
-import resource
-import sys
+from typing import Any, Dict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from openmoe_jax import profiling
 from openmoe_jax.analysis.flops import train_flops_per_token
+from openmoe_jax.command_line import run_main
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.optimizers import adafactor
-from openmoe_jax.tools.bench_timing import Timer
+from openmoe_jax.tools.bench_timing import MatrixProduct, Timer, compare, peak_memory_gb, program_memory_gb
 from openmoe_jax.train_state import init_params, init_train_state
 from openmoe_jax.train_step import make_train_step
 
 CONFIG = ModelConfig(vocab_size=32128, emb_dim=256, mlp_dim=1024, num_heads=8, head_dim=32, num_layers=8,
                      moe_interval=4, num_experts=16, group_size=4096, dtype='float32', scan_blocks=False)
-MATMUL = 2048
+_STEPS_BETWEEN_PRODUCTS = 4
 
 
 def make_batch(config: ModelConfig, rows: int, length: int) -> dict:
@@ -38,47 +39,55 @@ def make_batch(config: ModelConfig, rows: int, length: int) -> dict:
           'decoder_loss_weights': np.ones((rows, length), np.float32)}
 
 
-def run(args) -> dict:
-  """Runs the benchmark; returns its figures."""
-  config = CONFIG.replace(dtype=args.dtype, scan_blocks=args.scan, dispatch=args.dispatch)
+def run(config: ModelConfig, rows: int, length: int, product: MatrixProduct, steps: int, profiler: Any = None
+        ) -> Dict[str, Any]:
+  """Times steps of a model on [rows, length] tokens, and products between them."""
+  profiler = profiler or profiling.StepProfiler('', None)
   optimizer = adafactor(learning_rate=1e-2)
   state = init_train_state(config, optimizer, jax.jit(init_params, static_argnums=0)(config, 0))
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  batch = jax.device_put(make_batch(config, args.rows, args.length))
-  step = make_train_step(config, optimizer)
-
-  matmul, steps, compile_timer = Timer(), Timer(), Timer()
-  a = jnp.asarray(np.random.RandomState(1).randn(MATMUL, MATMUL), jnp.float32)
-  product = jax.jit(jnp.dot)
-  jax.block_until_ready(product(a, a))
-  time_matmul = lambda: [matmul(product, a, a) for _ in range(8)]
-
-  state, metrics = compile_timer(step, state, batch)
+  batch = jax.device_put(make_batch(config, rows, length))
+  timer, first = Timer(), Timer()
+  step = first(lambda: make_train_step(config, optimizer).lower(state, batch).compile())
+  state, _ = first(step, state, batch)
   state, metrics = step(state, batch)
   jax.block_until_ready(metrics)
-  time_matmul()
-  for i in range(args.steps):
-    state, metrics = steps(step, state, batch)
-    if i % 4 == 3:
-      time_matmul()
-  time_matmul()
+  product()
+  for i in range(1, steps + 1):
+    profiler.before(i)
+    state, metrics = timer(step, state, batch)
+    profiler.after(i)
+    if i % _STEPS_BETWEEN_PRODUCTS == 0:
+      product()
+  profiler.stop()
+  product()
+  tokens = rows * length
+  found = compare(timer, product, tokens * train_flops_per_token(config, length, rows))
+  return {'dtype': config.dtype, 'dispatch': config.dispatch, 'scan_blocks': config.scan_blocks, 'rows': rows, 'length':
+          length, 'parameters': parameters, 'loss': float(metrics['loss']), **found, 'best_seconds': min(timer.wall),
+          'tokens_per_second': tokens / found['seconds'], 'first_step_seconds': sum(first.wall),
+          'program_memory_gb': program_memory_gb(step)}
 
-  tokens = args.rows * args.length
-  flops = tokens * train_flops_per_token(config, args.length, args.rows)
-  peak_wall, peak_cpu = (2 * MATMUL**3 / min(times) for times in (matmul.wall, matmul.cpu))
-  wall, cpu = float(np.median(steps.wall)), float(np.median(steps.cpu))
+
+def figures_of(args) -> dict:
+  """What `make bench` prints."""
+  profiler = profiling.StepProfiler(args.profile_dir, args.profile_steps and profiling.parse_steps(args.profile_steps))
+  config = CONFIG.replace(dtype=args.dtype, scan_blocks=args.scan, dispatch=args.dispatch)
+  found = run(config, args.rows, args.length, MatrixProduct(), args.steps, profiler)
+  shares = {name: found[name] for name in ('share_by_wall', 'share_by_cpu_seconds') if name in found}
   return {
-      'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'dtype': config.dtype,
-      'dispatch': config.dispatch, 'scan_blocks': config.scan_blocks, 'parameters': parameters, 'loss':
-      float(metrics['loss']), 'gflop_per_step': flops / 1e9, 'seconds_per_step': wall, 'best_seconds_per_step':
-      min(steps.wall), 'tokens_per_second': tokens / wall, 'cpu_seconds_per_step': cpu, 'matmul_gflop_per_second':
-      peak_wall / 1e9, 'matmul_gflop_per_cpu_second': peak_cpu / 1e9, 'share_by_wall': flops / wall / peak_wall,
-      'share_by_cpu_seconds': flops / cpu / peak_cpu, 'first_step_seconds': compile_timer.wall[0],
-      'peak_memory_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+      'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
+      **{name: found[name] for name in ('dtype', 'dispatch', 'scan_blocks', 'parameters', 'loss')},
+      'gflop_per_step': found['gflop'], 'seconds_per_step': found['seconds'],
+      'best_seconds_per_step': found['best_seconds'], 'tokens_per_second': found['tokens_per_second'],
+      'cpu_seconds_per_step': found['cpu_seconds'], 'matmul_gflop_per_second': found['matmul_gflop_per_second'],
+      'matmul_gflop_per_cpu_second': found['matmul_gflop_per_cpu_second'], **shares,
+      'first_step_seconds': found['first_step_seconds'], 'peak_memory_gb': peak_memory_gb(),
   }
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
+  """Entry point."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--steps', type=int, default=12, help='timed steps; the median is reported')
   parser.add_argument('--rows', type=int, default=8)
@@ -87,15 +96,16 @@ def main(argv=None) -> int:
   parser.add_argument('--dispatch', default='sort', choices=('sort', 'einsum'))
   parser.add_argument('--scan', action='store_true', help='scan over stacked blocks instead of unrolling them')
   parser.add_argument('--json', action='store_true', help='print one JSON object')
+  parser.add_argument('--profile_steps', metavar='FIRST:LAST', help='record these of the timed steps')
+  parser.add_argument('--profile_dir', default='profile', metavar='DIR', help='where to; default profile')
   args = parser.parse_args(argv)
-  figures = run(args)
+  figures = figures_of(args)
   if args.json:
     print(json.dumps(figures))
   else:
     for name, value in figures.items():
       print(f'{name:30s} {value:,.3f}' if isinstance(value, float) else f'{name:30s} {value}')
-  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  run_main(main)

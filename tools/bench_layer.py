@@ -1,0 +1,68 @@
+"""One Mixture-of-Experts layer, forward and backward: a case of `benchmark`.
+
+All tokens are one routing group, and an expert has as many slots as there are tokens divided by experts: one slot a token on
+average whatever the number of experts, so that the experts' work per token stays the same.
+"""
+
+from typing import Any, Dict, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openmoe_jax.analysis.flops import feed_forward_flops
+from openmoe_jax.config import ModelConfig
+from openmoe_jax.moe import MoE
+from openmoe_jax.tools.bench_timing import MatrixProduct, compare, program_memory_gb, timed
+
+ROW = 256  # tokens of a row; the number of tokens is a multiple of it
+
+
+class Case(NamedTuple):
+  """Attributes:
+    experts, tokens: of the layer.
+    dispatch: back end.
+    dtype: of activations.
+    emb_dim, mlp_dim: sizes.
+  """
+  experts: int = 16
+  tokens: int = 4096
+  dispatch: str = 'sort'
+  dtype: str = 'float32'
+  emb_dim: int = 256
+  mlp_dim: int = 1024
+
+
+def config_of(case: Case) -> ModelConfig:
+  """The layer as a model's settings: two experts a token."""
+  capacity = {'capacity_mode': 'none'} if case.dispatch == 'dropless' else {
+      'capacity_mode': 'colossalai', 'train_capacity_factor': .5}  # 2 choices * 0.5 * tokens / experts
+  return ModelConfig(vocab_size=8, emb_dim=case.emb_dim, mlp_dim=case.mlp_dim, num_heads=1, head_dim=2, num_layers=1,
+                     moe_interval=1, num_experts=case.experts, dispatch=case.dispatch, dtype=case.dtype, **capacity)
+
+
+def flops_of(case: Case) -> float:
+  """Of the products of experts and router, forward and backward; dispatch by products is not counted."""
+  config, rows = config_of(case), case.tokens * (2 if case.dispatch == 'dropless' else 1)
+  return 3. * (rows * feed_forward_flops(config) + case.tokens * 2 * case.emb_dim * case.experts)
+
+
+def run(case: Case, product: MatrixProduct, repeats: int, profiler: Any = None) -> Dict[str, Any]:
+  """Times a case; the products before and after it count too."""
+  layer, shape = MoE(config_of(case)), (case.tokens // ROW, ROW)
+  random = np.random.RandomState(0)
+  x = jnp.asarray(random.randn(*shape, case.emb_dim), case.dtype)
+  direction = jnp.asarray(random.randn(*shape, case.emb_dim), jnp.float32)
+  ids = jnp.ones(shape, jnp.int32)
+  params = jax.jit(lambda x: layer.init(jax.random.key(0), x, True, jnp.ones(x.shape[:2], jnp.int32)))(x[:1])['params']
+
+  def loss(params, x, direction):
+    y, record = layer.apply({'params': params}, x, True, ids)
+    return jnp.sum(y * direction) + record.auxiliary_loss
+
+  step = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x, direction).compile()
+  timer = timed(step, (params, x, direction), product, repeats, profiler)
+  found = compare(timer, product, flops_of(case))
+  return {**case._asdict(), **found, 'microseconds_per_token': 1e6 * found['seconds'] / case.tokens,
+          'cpu_microseconds_per_token': 1e6 * found['cpu_seconds'] / case.tokens,
+          'program_memory_gb': program_memory_gb(step)}
