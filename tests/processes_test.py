@@ -1,6 +1,7 @@
 """Two and four real processes: the numbers and batches of one; one that is killed, stopped or fails ends all, in time and
 with a clear line; and the run goes on with any number of processes."""
 
+import functools
 import re
 import signal
 import time
@@ -12,6 +13,7 @@ import tiny_run
 from tiny_processes import Processes, free_port
 
 pytestmark = pytest.mark.slow
+MORE = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 LOST = 20  # seconds of silence; a busy machine needs some
 BOUND = LOST + 40  # and the time to say so and end
 STEPS = 8
@@ -46,7 +48,8 @@ def alone(tmp_path_factory):
   return records(folder)
 
 
-@pytest.mark.parametrize('count, devices, mesh', ((2, 1, {}), (4, 1, dict(expert=2)), (2, 2, dict(expert=2, model=2))))
+@pytest.mark.parametrize('count, devices, mesh', (
+    MORE(2, 1, {}), (4, 1, dict(expert=2)), MORE(2, 2, dict(expert=2, model=2))))
 def test_several_processes_compute_what_one_does(tmp_path, alone, count, devices, mesh):
   with Processes(count, tmp_path, gin(tmp_path, train=TRAIN, mesh=mesh), devices=devices) as job:
     assert job.statuses() == [0] * count, job.text()
@@ -75,7 +78,7 @@ def goes_on(folder, count, end, theirs):
   same_run({s: ours[s] for s in steps}, {s: theirs[s] for s in steps})
 
 
-@pytest.mark.parametrize('count, victim, then', ((2, 1, 1), (4, 2, 2), (2, 0, 4)))
+@pytest.mark.parametrize('count, victim, then', ((2, 1, 1), MORE(4, 2, 2), MORE(2, 0, 4)))
 def test_one_is_killed_the_others_end_and_the_run_goes_on_with_another_number(tmp_path, alone, count, victim, then):
   with Processes(count, tmp_path, gin(tmp_path, train=ENDLESS, checkpoint=dict(period=2))) as job:
     job.wait_for('step       3/')
