@@ -18,6 +18,8 @@ _BARRIER_SECONDS = 600
 _LOST_SECONDS = 60.
 _LINGER_SECONDS = 10.
 _heartbeat: Optional[heartbeat.Heartbeat] = None
+# In errors that Orbax passes on in types of its own.
+_PEER_IS_GONE = ('Connection reset by peer', 'Connection closed by peer', 'Gloo')
 _calls = itertools.count()  # every process makes the same ones in the same order
 
 
@@ -121,7 +123,7 @@ def _comes_from_others(error: Optional[BaseException]) -> bool:
   """Whether an error may be nothing but the echo of a lost process: a collective operation that failed."""
   while error is not None:
     if isinstance(error, ProcessError) or isinstance(error, jax.errors.JaxRuntimeError) and (
-        'RESOURCE_EXHAUSTED' not in str(error)):
+        'RESOURCE_EXHAUSTED' not in str(error)) or any(text in str(error) for text in _PEER_IS_GONE):
       return True
     error = error.__cause__ or error.__context__
   return False

@@ -55,7 +55,8 @@ def test_train_and_decode(tmp_path, capsys):
     ('--topology=v5p-8', '--gin.ModelConfig.dispatch="dropless"', '--gin.ModelConfig.capacity_mode="none"'),
     ('--topology=v6e-8', '--gin.ModelConfig.remat="offload"', '--gin.NUM_MODEL_PARTITIONS=2', '--gin.FSDP=("data",)'),
     ('--topology=2*v5e-4', '--gin.MeshConfig.shard_optimizer=("data",)', '--gin.FSDP=()'),
-    ('--topology=v5e-8', '--gin.MeshConfig.pipe=2', '--gin.NUM_EXPERT_PARTITIONS=2', '--gin.NUM_MICROBATCHES=4')), ids=lambda flags: flags[1])
+    ('--topology=v5e-8', '--gin.MeshConfig.pipe=2', '--gin.NUM_EXPERT_PARTITIONS=2', '--gin.NUM_MICROBATCHES=4',
+     '--gin.NUM_STREAMS=8')), ids=lambda flags: flags[1])
 def test_other_programs(flags, capsys):
   got = report(capsys, '--no-decode', *flags)['train']
   assert got['fits'] and not got['flops']['unknown_kernels']

@@ -115,7 +115,8 @@ def test_an_error_of_one_ends_all_with_its_text(tmp_path):
 
 
 def test_a_hang_of_one_is_noticed_by_all(tmp_path):
-  run = gin(tmp_path, train=dict(ENDLESS, hang_minutes=.2))
+  # Without checkpoints: one that waits for the data's position would be given ten times as long.
+  run = gin(tmp_path, train=dict(ENDLESS, hang_minutes=.2), checkpoint=dict(period=10**6))
   with Processes(2, tmp_path, run, environments={1: {'TINY_TASK_HANGS_WHEN': str(tmp_path / 'now')}}) as job:
     job.wait_for('step       3/')
     (tmp_path / 'now').touch()
