@@ -8,6 +8,7 @@ devices occupies some dimensions of the torus. A ring of n chips sends both ways
 * all-to-all: what a device sends travels n / 4 hops in a ring and n / 3 in a line on average; the busiest link of a
   ring carries n / 8 of what one device sends, that of a line n / 4. Dimensions work side by side: the longest counts.
 * collective-permute: the hops of the pair that is furthest apart.
+* between slices: what a device sends over its chip's share of the data centre network.
 Two devices that share a chip share its links.
 """
 
@@ -58,6 +59,9 @@ def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, s
   found = []
   for computation, instruction, times in module.executed(fused=True):
     kind = kind_of(module, computation, instruction)
+    across = _across_slices(instruction, mesh_shape, devices, slice_, times)
+    if across is not None and times:
+      found.append(across)
     if kind is None or not times:
       continue
     groups = _groups(instruction, len(devices))
@@ -70,6 +74,22 @@ def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, s
     seconds = _seconds(kind, size, group, groups, devices, slice_, crosses)
     found.append(Collective(kind, axes, 'dcn' if crosses else 'ici', size, seconds, times, instruction.source))
   return found
+
+
+def _across_slices(instruction: Instruction, mesh_shape: Dict[str, int], devices: Sequence, slice_: Slice, times: float
+                   ) -> Optional[Collective]:
+  """The part of a collective that goes from slice to slice: the compiler makes a transfer of the host's runtime of it,
+  after (before) one within the slices. None for any other instruction."""
+  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+  if instruction.opcode != 'send' or found is None:
+    return None
+  kind, n, whole = found.group(1).lower().replace('_', '-'), slice_.slices, instruction.arrays[0].bytes
+  sent = {'all-gather': whole * (n - 1), 'all-reduce': 2 * whole * (n - 1) / n, 'collective-permute': whole}.get(
+      kind, whole * (n - 1) / n)
+  places = np.asarray([device.slice_index for device in devices]).reshape(tuple(mesh_shape.values()))
+  axes = '+'.join(name for axis, name in enumerate(mesh_shape) if np.diff(places, axis=axis).any())
+  seconds = sent / (slice_.chip.dcn_bandwidth / slice_.chip.devices)
+  return Collective(kind, axes, 'dcn', sent, seconds, times, instruction.source)
 
 
 def kind_of(module: Module, computation: str, instruction: Instruction) -> Optional[str]:

@@ -102,8 +102,10 @@ def is_kernel(instruction: Instruction) -> bool:
 
 def kernel_flops(module: Module, computation: str, instruction: Instruction) -> Optional[float]:
   """FLOPs of a custom kernel: as it says itself, or by formula for products of ragged groups; None if unknown."""
-  if 'splash' in instruction.source:
+  if 'splash' in instruction.name + instruction.source:
     return _splash(module, computation, instruction)
+  if 'ragged-dot-metadata' in instruction.name:  # where the groups begin: integers only
+    return 0.
   stated = re.search(r'"flops":"?(\d+)', instruction.attributes)
   if stated and int(stated.group(1)) > 0:
     return float(stated.group(1))
