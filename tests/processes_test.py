@@ -121,8 +121,10 @@ def test_a_hang_of_one_is_noticed_by_all(tmp_path):
     job.wait_for('step       3/')
     (tmp_path / 'now').touch()
     assert job.statuses(120) == [3, 3], job.text()
-    for i in range(2):
-      assert 'no step for 0.2 minutes' in lost(job, i) and 'most recent call first' in job.text(i)
+    # Each by itself; a busy machine may find the other one gone before it finds itself hanging.
+    hanging = [i for i in range(2) if 'no step for 0.2 minutes' in lost(job, i)]
+    assert hanging and all('most recent call first' in job.text(i) for i in hanging)
+    assert all('gave no sign of life' in job.last_line(i) for i in range(2) if i not in hanging)
 
 
 SCRIPT = '''
