@@ -34,8 +34,8 @@ BENCH_DIR := runs/benchmark
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data conversion-study routing-study-small router-study install \
-	install-torch install-eval install-tpu data-demo data-study clean
+.PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data conversion-study \
+	routing-study-small router-study install install-torch install-eval install-tpu data-demo data-study clean
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.train --gin_file=recipes/demo.gin --model_dir=$(DEMO_DIR) $(FLAGS)

@@ -5,11 +5,11 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 from openmoe_jax import config as config_lib
+from openmoe_jax import ending
 from openmoe_jax import gin_utils
 from openmoe_jax.config import ConfigError, RunConfig
 
@@ -136,6 +136,5 @@ def run_main(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[Sequ
     print('interrupted', file=sys.stderr)
     sys.exit(130)
   except ConfigError as error:
-    program = os.path.basename(sys.argv[0]).removesuffix('.py') or 'openmoe'
-    print(f'{program}: error: {" ".join(str(error).split())}', file=sys.stderr)
+    print(f'{ending.program()}: error: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(2)

@@ -11,10 +11,10 @@ and bounds on the step time from the chip's published figures. Takes minutes for
 
 import argparse
 import json
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from openmoe_jax import command_line
-from openmoe_jax.config import RunConfig, require
+from openmoe_jax.config import require
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -36,6 +36,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
   slice_ = tpu_slices.parse(args.topology)
   require(run.data.task_feature_lengths, 'the gin file describes no run: DataConfig.task_feature_lengths is not set; a '
           'recipe sets it')
+  from openmoe_jax import decoding
   from openmoe_jax.tpu import plot, programs, report, sweep, tables
   devices = programs.topology_devices(slice_)
   if args.sweep:
@@ -49,7 +50,7 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     _save_hlo(args, train)
     report_['train'] = report.train_report(run, slice_, mesh, train)
     if args.decode:
-      rows = args.decode_rows or mesh.shape['data'] * mesh.shape['expert']
+      rows = args.decode_rows or decoding.batch_shards(mesh)
       prompt, new = run.data.row_length // 2, run.data.row_length // 2
       decode = programs.compile_decode(run, mesh, rows, prompt, new)
       _save_hlo(args, decode)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
 from openmoe_jax.config import ModelConfig
-from openmoe_jax.partitioning import (BATCH_AXES, gather, is_partitioned, kept_over, num_shards, param_axes,
+from openmoe_jax.partitioning import (BATCH_AXES, add_up, gather, is_partitioned, kept_over, pad_rows, param_axes,
                                       split_over)
 
 
@@ -113,12 +113,7 @@ def _embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
   rows = PartitionSpec(BATCH_AXES)
   return jax.shard_map(local, in_specs=(PartitionSpec(vocab or None, fsdp or None), rows), out_specs=rows, check_vma=False)(
-      table, _even(ids, -1))[:ids.shape[0]]
-
-
-def _even(x: jax.Array, fill: int) -> jax.Array:
-  """As many more rows as make their number a multiple of the mesh's parts of a batch."""
-  return jnp.pad(x, ((0, -x.shape[0] % num_shards('batch')),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+      table, pad_rows(ids, -1))[:ids.shape[0]]
 
 
 def _embed_bwd(dtype, residuals, dy):
@@ -131,14 +126,11 @@ def _embed_bwd(dtype, residuals, dy):
     at = ids - jax.lax.axis_index(vocab) * size if vocab else ids
     at = jnp.where(at < 0, size, at)
     dtable = jnp.zeros((size, table.shape[1]), jnp.float32).at[at].add(dy.astype(jnp.float32), mode='drop')
-    if fsdp:
-      dtable = jax.lax.psum_scatter(dtable, fsdp, scatter_dimension=1, tiled=True)
-    rest = tuple(axis for axis in BATCH_AXES if axis not in fsdp)
-    return jax.lax.psum(dtable, rest) if rest else dtable
+    return add_up(dtable, fsdp, 1)
 
   rows = PartitionSpec(BATCH_AXES)
   dtable = jax.shard_map(local, in_specs=(rows, rows), out_specs=PartitionSpec(vocab or None, fsdp or None), check_vma=False)(
-      _even(ids, -1), _even(dy, 0))
+      pad_rows(ids, -1), pad_rows(dy))
   return dtable, None
 
 

@@ -86,7 +86,6 @@ def _run(settings: _Settings, hidden, kernel, targets, weights, with_gradient: b
   """All chunks: sums, d hidden and d kernel, the latter split as its optimizer state is."""
   if not partitioning.is_partitioned():
     return _local(settings, hidden, kernel, targets, weights, with_gradient)
-  mesh = jax.sharding.get_abstract_mesh()
   rows, axes = hidden.shape[0], partitioning.BATCH_AXES
   vocab = partitioning.split_over('vocab', kernel.shape[1])
   kept = partitioning.kept_over('embed')
@@ -98,14 +97,9 @@ def _run(settings: _Settings, hidden, kernel, targets, weights, with_gradient: b
       kernel = jax.lax.all_gather(_cast(kernel, settings.dtype), kept[0], axis=0, tiled=True)
     sums, dx, dkernel = _local(settings._replace(vocab_axes=vocab), hidden, kernel, targets, weights, with_gradient)
     sums = jax.lax.psum(sums, axes)
-    if with_gradient:
-      if kept[1]:
-        dkernel = jax.lax.psum_scatter(dkernel, kept[1], scatter_dimension=0, tiled=True)
-      rest = tuple(axis for axis in axes if axis not in kept[1])
-      dkernel = jax.lax.psum(dkernel, rest) if rest else dkernel
-    return sums, dx, dkernel
+    return sums, dx, partitioning.add_up(dkernel, kept[1], 0) if with_gradient else None
 
-  pad = lambda x: jnp.pad(x, ((0, -rows % partitioning.num_shards('batch')),) + ((0, 0),) * (x.ndim - 1))
+  pad = partitioning.pad_rows
   out = (PartitionSpec(), batch if with_gradient else None, kernel_out if with_gradient else None)
   sums, dx, dkernel = jax.shard_map(local, in_specs=(batch, kernel_in, batch, batch), out_specs=out, check_vma=False)(
       pad(hidden), kernel, pad(targets), pad(weights))

@@ -46,6 +46,13 @@ def batch_means(sums: LossSums, num_target_tokens: jax.Array, total_loss: jax.Ar
   return metrics
 
 
+def mean_record(records: RoutingRecord, shares: jax.Array) -> RoutingRecord:
+  """The record of a batch from those of its microbatches, arrays [m, ..], each of which counts as its share [m] of the
+  target tokens; counts are sums."""
+  means = jax.tree.map(lambda x: jnp.tensordot(shares, x, 1), records._replace(counts=None))
+  return means._replace(counts=jnp.sum(records.counts, 0))
+
+
 def to_sums(means: Metrics) -> Metrics:
   """Multiplies every metric by the number of target tokens, which makes it additive."""
   return {name: x if name in _ADDITIVE else x * means[WEIGHT] for name, x in means.items()}

@@ -17,6 +17,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
 import numpy as np
 
 from openmoe_jax.config import FSDP, ConfigError, MeshConfig, ModelConfig, require
@@ -200,6 +201,20 @@ def kept_over(logical_axis: str) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
   kept, config = RULES[logical_axis].kept, _KEPT.get()
   return (tuple(axis for axis in kept if axis in config.fsdp),
           tuple(axis for axis in kept if axis in config.optimizer_fsdp))
+
+
+def pad_rows(x: jax.Array, fill: Any = 0) -> jax.Array:
+  """As many more rows as make their number a multiple of the mesh's parts of a batch."""
+  return jnp.pad(x, ((0, -x.shape[0] % num_shards('batch')),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+
+
+def add_up(gradient: jax.Array, kept: Sequence[str], dimension: int) -> jax.Array:
+  """Within a `shard_map` over a whole mesh: a parameter's gradient of this device's rows, added up over those of all, and
+  split over the axes `kept` (see `kept_over`) along a dimension."""
+  if kept:
+    gradient = jax.lax.psum_scatter(gradient, kept, scatter_dimension=dimension, tiled=True)
+  rest = tuple(axis for axis in BATCH_AXES if axis not in kept)
+  return jax.lax.psum(gradient, rest) if rest else gradient
 
 
 def gather(x: jax.Array, *logical_axes: str) -> jax.Array:

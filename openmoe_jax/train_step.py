@@ -70,7 +70,7 @@ def pipelined_loss_and_metrics(config: ModelConfig, params: Any, batch: Batch, t
   if records is not None:
     extra = jnp.sum(share * auxiliary_losses(config, records))
     of_tokens = microbatch_shares(config.replace(loss_normalization='target_tokens'), weights)
-    record = jax.tree.map(lambda x: jnp.tensordot(of_tokens, x, 1), records)._replace(counts=jnp.sum(records.counts, 0))
+    record = metrics_lib.mean_record(records, of_tokens)
   # A row of a microbatch stays on its device: rows lead, and what they have in all microbatches follows.
   in_rows = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
   return _total(config, in_rows(hidden), kernel, in_rows(jnp.asarray(batch['decoder_target_tokens'])), in_rows(weights),

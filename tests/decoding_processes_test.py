@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -52,9 +51,7 @@ def one_of_two(port, process, out):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_device(tmp_path):
-  with socket.socket() as listener:
-    listener.bind(('localhost', 0))
-    port = listener.getsockname()[1]
+  port = tiny_run.free_port()
   outs = [tmp_path / f'{i}.json' for i in range(2)]
   code = 'import sys; from tests.decoding_processes_test import one_of_two; one_of_two(*sys.argv[1:])'
   logs = [out.with_suffix('.log') for out in outs]

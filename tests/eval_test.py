@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -355,9 +354,7 @@ def one_of_two(port, process, checkpoint, folder, out):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_device(checkpoint, folder, tmp_path):
-  with socket.socket() as listener:
-    listener.bind(('localhost', 0))
-    port = listener.getsockname()[1]
+  port = tiny_run.free_port()
   code = 'import sys; from tests.eval_test import one_of_two; one_of_two(*sys.argv[1:])'
   logs = [tmp_path / f'{i}.log' for i in range(2)]
   processes = [subprocess.Popen([sys.executable, '-c', code, str(port), str(i), checkpoint, str(folder),

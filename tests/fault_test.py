@@ -186,15 +186,8 @@ def test_files_may_not_grow(tmp_path, undisturbed):
   assert tiny_run.curve(tmp_path / 'run') == undisturbed[1]
 
 
-def free_port():
-  import socket
-  with socket.socket() as listener:
-    listener.bind(('localhost', 0))
-    return listener.getsockname()[1]
-
-
 def start_two(gin, tmp_path):
-  port, processes, logs = free_port(), [], []
+  port, processes, logs = tiny_run.free_port(), [], []
   for i in range(2):
     logs.append(tmp_path / f'log_{i}')
     logs[-1].write_text('')

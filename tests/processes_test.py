@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny_run
-from tiny_processes import Processes, free_port
+from tiny_processes import Processes
 
 pytestmark = pytest.mark.slow
 MORE = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
@@ -168,7 +168,7 @@ except ConfigError as error:
 def test_the_others_do_not_come(process, part):
   import subprocess
   import sys
-  port = free_port()
+  port = tiny_run.free_port()
   done = subprocess.run([sys.executable, '-c', ALONE, str(port), '2', str(process)], env=tiny_run.environment(), text=True,
                         capture_output=True, timeout=200, check=False)
   said = (done.stdout + done.stderr).strip().splitlines()[-1]

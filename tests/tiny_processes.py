@@ -3,18 +3,11 @@
 import contextlib
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import tiny_run
-
-
-def free_port() -> int:
-  with socket.socket() as listener:
-    listener.bind(('localhost', 0))
-    return listener.getsockname()[1]
 
 
 class Processes:
@@ -27,7 +20,7 @@ class Processes:
   """
 
   def __init__(self, count, folder, *flags, devices=1, script='', environments={}):
-    port = free_port()
+    port = tiny_run.free_port()
     self.logs = [pathlib.Path(folder) / f'log_{i}_of_{count}' for i in range(count)]
     self.processes = []
     for i, log in enumerate(self.logs):

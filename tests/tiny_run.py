@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,12 @@ def gin_text(run: RunConfig) -> str:
     section, _, field = name.rpartition('.')
     lines.append(f'{sections[section] if section else "RunConfig"}.{field} = {value!r}')
   return '\n'.join(lines) + '\n'
+
+
+def free_port() -> int:
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
 
 
 def command(gin_file: Any, *flags: str) -> Sequence[str]:

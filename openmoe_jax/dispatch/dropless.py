@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from openmoe_jax.dispatch import rounds, sort
 from openmoe_jax.layers import gate
-from openmoe_jax.partitioning import BATCH_AXES, num_shards
+from openmoe_jax.partitioning import BATCH_AXES, is_partitioned, num_shards, pad_rows
 from openmoe_jax.routers.slots import queue_positions
 from openmoe_jax.routers.types import TokenAssignment
 
@@ -51,8 +51,7 @@ def apply_experts(x: jax.Array, assignment: TokenAssignment, wi: Sequence[jax.Ar
   x = x.reshape(groups * tokens, emb_dim)
   index = jnp.where(assignment.kept, assignment.expert_index, wo.shape[0]).reshape(groups * tokens, -1)
   weight = assignment.gate.reshape(index.shape)
-  mesh = jax.sharding.get_abstract_mesh()
-  run = _one_device if mesh.empty or mesh.size == 1 else functools.partial(_many_devices, mesh)
+  run = _many_devices if is_partitioned() else _one_device
   return run(x, index, weight, (tuple(wi), wo), tuple(activations)).reshape(groups, tokens, emb_dim)
 
 
@@ -61,11 +60,10 @@ def _one_device(x, index, weight, kernels, activations):
   return _through_rows(x, index, weight, kernels[1].shape[0], lambda rows, sizes: run(rows, kernels, sizes))
 
 
-def _many_devices(mesh, x, index, weight, kernels, activations):
+def _many_devices(x, index, weight, kernels, activations):
   """Experts stay where they are, rows travel; hidden layers are split over the axis `model`."""
   count, num_experts = x.shape[0], kernels[1].shape[0]
-  shards, devices = num_shards('batch'), num_shards('expert')
-  pad = lambda array, value: jnp.pad(array, ((0, -count % shards), (0, 0)), constant_values=value)
+  devices = num_shards('expert')
   rows, kernel_in = PartitionSpec(BATCH_AXES), PartitionSpec('expert', None, 'model')
 
   @functools.partial(jax.shard_map, in_specs=(rows, rows, rows, (kernel_in, PartitionSpec('expert', 'model', None))),
@@ -80,8 +78,8 @@ def _many_devices(mesh, x, index, weight, kernels, activations):
 
   # 'swiglu' kernels hold two halves side by side, so an interval of columns is no interval of both.
   halves = tuple(2 if name == 'swiglu' else 1 for name in activations)
-  wi = tuple(_interleave(w, n, mesh.shape['model']) for w, n in zip(kernels[0], halves))
-  return local(pad(x, 0), pad(index, num_experts), pad(weight, 0), (wi, kernels[1]))[:count]
+  wi = tuple(_interleave(w, n, num_shards('expert_mlp')) for w, n in zip(kernels[0], halves))
+  return local(pad_rows(x), pad_rows(index, num_experts), pad_rows(weight), (wi, kernels[1]))[:count]
 
 
 def _interleave(kernel: jax.Array, halves: int, parts: int) -> jax.Array:

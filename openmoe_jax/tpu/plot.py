@@ -2,14 +2,14 @@
 
 from typing import Any, Mapping
 
-GIB = 2 ** 30
+from openmoe_jax import paths
+from openmoe_jax.analysis.plots import styled_pyplot, write_figure
+from openmoe_jax.tpu_slices import GIB
 
 
 def write(report: Mapping[str, Any], file: str) -> None:
-  """Draws the programs of a report that fit into a PNG file."""
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
+  """Draws the programs of a report that fit into a file, PNG if its name does not end otherwise."""
+  pyplot = styled_pyplot()
   programs = [report[name] for name in ('train', 'decode') if report.get(name, {}).get('fits')]
   figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5))
   gibibytes = lambda p: {name: size / GIB for name, size in p['memory'].items()}
@@ -28,5 +28,4 @@ def write(report: Mapping[str, Any], file: str) -> None:
   axes[0].axhline(report['hbm_bytes_per_device'] / GIB, color='black', linewidth=1, linestyle='--')
   figure.suptitle(f'{report["topology"]}, mesh ' + ' x '.join(map(str, report['mesh'].values())), fontsize=11)
   figure.tight_layout()
-  figure.savefig(file, dpi=150)
-  pyplot.close(figure)
+  write_figure(figure, file if paths.path(file).suffix else f'{file}.png')

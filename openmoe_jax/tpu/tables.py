@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-GIB = 2 ** 30
+from openmoe_jax.tpu_slices import GIB
 
 
 def report_tables(report: Mapping[str, Any]) -> str:
