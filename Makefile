@@ -23,6 +23,9 @@ NAMES := python3.13 python3.12 python3.11 python3
 PYTHON ?= $(shell for python in $(NAMES); do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
+# Where it is set, as in many container images, every process would compile TensorFlow's sources anew: 10 to 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.openmoe_jax_installed
 TORCH_INSTALLED := $(VENV)/.openmoe_jax_torch_installed

@@ -13,6 +13,7 @@ A step is written in the background and appears as a whole or not at all.
 import json
 import logging
 import sys
+import traceback
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 from absl import logging as absl_logging
@@ -209,8 +210,12 @@ def _hide_echoes_of_failed_writes() -> None:
 
 
 def _not_from_a_write(record: logging.LogRecord) -> bool:
-  message = record.getMessage()
-  return not (message.startswith('Task exception was never retrieved') and 'orbax' in message)
+  """Of a task, or of several that were gathered: the message names only the former's coroutine."""
+  if 'exception was never retrieved' not in record.getMessage():
+    return True
+  error = record.exc_info[1] if record.exc_info else None
+  files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)] if error else []
+  return not any('orbax' in file for file in files)
 
 
 def _stream_file(stream: int) -> str:

@@ -263,16 +263,19 @@ def test_a_write_that_fails_says_what_is_kept(saved, tmp_path, monkeypatch):
   assert again.restore(template).step == 4
 
 
+@pytest.mark.parametrize('gathered', [False, True])
 @pytest.mark.parametrize('file, shown', [('/x/orbax/checkpoint/serialization.py', False), ('/x/other.py', True)])
-def test_echoes_of_a_failed_write_are_not_printed_as_tracebacks(saved, caplog, file, shown):
+def test_echoes_of_a_failed_write_are_not_printed_as_tracebacks(saved, caplog, file, shown, gathered):
   """Orbax starts a task an array, awaits them all and raises the first failure; the others are never looked at."""
   Checkpointer(saved[0]).close()
   functions = {}
   exec(compile('async def write_fragment():\n  raise ValueError("No space left on device")', file, 'exec'), functions)
 
   async def main():
-    task = asyncio.ensure_future(functions['write_fragment']())
-    await asyncio.wait([task])
+    write = functions['write_fragment']
+    task = asyncio.gather(write(), write()) if gathered else asyncio.ensure_future(write())
+    while not task.done():
+      await asyncio.sleep(0)
 
   asyncio.run(main())
   gc.collect()

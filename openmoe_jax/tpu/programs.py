@@ -25,8 +25,9 @@ from openmoe_jax.tpu_slices import Slice
 from openmoe_jax.train_state import abstract_train_state, state_shardings
 from openmoe_jax.train_step import make_train_step
 
-# Without these libtpu asks the metadata server of the machine it is on.
-_ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+# Without the first two libtpu asks the metadata server of the machine it is on; without the last it takes a lock that is
+# for programs which use a TPU, and another compilation, or a run on this machine, would make this one fail.
+_ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
 
 @dataclasses.dataclass(frozen=True)
