@@ -71,6 +71,22 @@ def test_the_compilers_count_of_a_loop_comes_first():
   assert operations.work(hlo.parse(text)).flops == 7 * 2 * 4 * 16 * 8
 
 
+def test_kernels_describe_themselves_over_several_lines():
+  """As Pallas' splash attention does: the loop around it goes on behind it."""
+  kernel = ('%kernel = f32[8,4]{1,0} custom-call(%w), custom_call_target="tpu_custom_call", frontend_attributes='
+            '{kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="jit(f)/splash"}\n  %near')
+  module = hlo.parse(LOOP.replace('%near', kernel, 1))
+  assert module.by_name['body']['kernel'].source == 'jit(f)/splash'
+  assert operations.matrix_flops(module, 'body', module.by_name['body']['dot']) == 2 * 4 * 16 * 8
+  assert {i.name: n for _, i, n in module.executed()}['dot'] == 10 and not module.unknown_loops
+
+
+def test_loops_of_unknown_length_are_named():
+  module = hlo.parse(LOOP.replace('%ten = s32[] constant(10)', '%ten = s32[] get-tuple-element(%arg.1), index=0'))
+  assert module.unknown_loops == ('loop',)
+  assert operations.work(module).flops == 2 * 4 * 16 * 8
+
+
 @pytest.mark.parametrize('old, new, trips', (
     ('constant(10)', 'constant(9)', 9), ('direction=LT', 'direction=LE', 11), ('%none = s32[] constant(0)', '%none = s32[] constant(4)', 6),
     # Unrolled once: two steps in one run of the body, nine of which are four and a half.

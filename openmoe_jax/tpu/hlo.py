@@ -15,6 +15,7 @@ ITEMSIZE = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2,
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_END = re.compile(r'^\}(,| //|\s*$)')  # of a computation
 _OPERAND = re.compile(r'%([\w.\-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r'\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)')
@@ -153,26 +154,31 @@ class Module:
     body = self.computations[computation]
     return next((i for i in body if i.root), body[-1])
 
-  def trips(self, loop: Instruction) -> int:
-    """How often a `while` runs: as the compiler says, or else as counter, step and bound say, or else once."""
+  def trips(self, loop: Instruction) -> Optional[int]:
+    """How often a `while` runs: as the compiler says, or else as counter, step and bound say; None if nothing says."""
     found = _TRIPS.search(loop.attributes)
     if found:
       return int(found.group(1))
     condition, body = (loop.attribute(name).lstrip('%') for name in ('condition', 'body'))
     test = self._behind(condition, self.root(condition))
     if test is None or test.opcode != 'compare' or test.attribute('direction') not in ('LT', 'LE'):
-      return 1
+      return None
     counter, bound = (self._behind(condition, self.by_name[condition].get(name)) for name in test.operands)
     if counter is None or counter.opcode != 'get-tuple-element' or self._constant(condition, bound) is None:
-      return 1
+      return None
     index = int(counter.attribute('index'))
     home = self._home[loop.name]
     first = self._constant(home, self._element(home, self.by_name[home].get(loop.operands[0]), index))
     moved = self._sum(body, self._element(body, self.root(body), index))
     if first is None or moved is None or not moved[0] or moved[1].attribute('index') != str(index):
-      return 1
+      return None
     last = self._constant(condition, bound) + (test.attribute('direction') == 'LE')
     return max(-(-(last - first) // moved[0]), 0)
+
+  @functools.cached_property
+  def unknown_loops(self) -> Tuple[str, ...]:
+    """Loops that run nobody knows how often; their names."""
+    return tuple(i.name for _, i, _ in self.executed() if i.opcode == 'while' and self.trips(i) is None)
 
   @functools.cached_property
   def _home(self) -> Dict[str, str]:
@@ -221,13 +227,15 @@ class Module:
                ) -> Iterator[Tuple[str, Instruction, float]]:
     """(computation, instruction, how often it runs) of all that one run of the program executes.
 
-    Of a conditional every branch counts. What is inside a fusion is visited only if `fused`.
+    Of a conditional every branch counts, and a loop of `unknown_loops` once. What is inside a fusion is visited only if
+    `fused`.
     """
     computation = self.entry if computation is None else computation
     for instruction in self.computations[computation]:
       yield computation, instruction, times
       if instruction.opcode == 'while':
-        yield from self.executed(instruction.attribute('body').lstrip('%'), times * self.trips(instruction), fused)
+        trips = self.trips(instruction)
+        yield from self.executed(instruction.attribute('body').lstrip('%'), times * (1 if trips is None else trips), fused)
       elif instruction.opcode in ('call', 'conditional', 'async-start') or fused and instruction.opcode == 'fusion':
         for name in instruction.called():
           yield from self.executed(name, times, fused)
@@ -236,15 +244,30 @@ class Module:
 def parse(text: str) -> Module:
   """The module that `compiled.as_text()` prints."""
   computations, entry, current = {}, '', None
-  for line in text.splitlines():
+  for line in _joined(text):
     start = _COMPUTATION.match(line)
     if start:
       current = computations.setdefault(start.group(2), [])
       entry = start.group(2) if start.group(1) else entry
-    elif line.startswith('}'):
+    elif _END.match(line):
       current = None
     elif current is not None:
       instruction = parse_instruction(line)
       if instruction is not None:
         current.append(instruction)
   return Module(computations, entry)
+
+
+def _joined(text: str) -> Iterator[str]:
+  """Lines, an instruction in one: what kernels say of themselves is printed over several."""
+  inside, instruction = False, ''
+  for line in text.splitlines():
+    begins = bool(_COMPUTATION.match(line))
+    if inside and not begins and not _END.match(line) and not line.startswith('  '):
+      instruction += line
+      continue
+    if instruction:
+      yield instruction
+    inside, instruction = begins or inside and not _END.match(line), line
+  if instruction:
+    yield instruction

@@ -74,7 +74,8 @@ def _report(program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tok
                  'code': program.memory.code},
       'memory_total': program.memory.total, 'host_memory': program.memory.host,
       'flops': {'model': model_flops, 'compiled': compiled, 'ratio': compiled / model_flops if model_flops else math.nan,
-                'kernels': done.kernel_flops * slice_.devices, 'unknown_kernels': done.unknown},
+                'kernels': done.kernel_flops * slice_.devices, 'unknown_kernels': done.unknown,
+                'unknown_loops': list(module.unknown_loops)},
       'main_memory_bytes': done.bytes,
       'collectives': [dict(zip(('network', 'kind', 'axes', 'executions', 'bytes', 'seconds'), row))
                       for row in by_kind(moved)],

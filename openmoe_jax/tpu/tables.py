@@ -70,8 +70,14 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
   terms = ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in roof['terms'].items())
   head = (f'{title}: fits; compiled in {program["compile_seconds"]:.0f} s\nat least {terms}; limited by '
           f'{roof["limited_by"]}')
-  unknown = counts['unknown_kernels']
-  tail = [f'kernels without a formula, not counted: {", ".join(unknown)}'] if unknown else []
+  tail = []
+  if counts['unknown_kernels']:
+    tail.append(f'kernels without a formula, not counted: {", ".join(counts["unknown_kernels"])}')
+  if counts['unknown_loops']:
+    tail.append('loops that run nobody knows how often, counted once: ' + ', '.join(counts['unknown_loops']))
+  if counts['ratio'] < 0.9:
+    tail.append('LESS IS COMPILED THAN THE MODEL NEEDS: the program was not read correctly, and no figure but its memory '
+                'holds. Please report it.')
   tables = [_text(t) for t in (memory, flops, moved, bounds) if t.row_count]
   return '\n'.join([head, '', *tables, *tail])
 
