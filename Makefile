@@ -4,6 +4,7 @@
 # make routing-study-small   what the demo's routers do: records its checkpoints, draws figures, writes a report
 # make bench     speed of one training step   make clean      remove .venv
 # make bench-all   what layer, training step and decoding cost, over their sizes
+# make layer-report   what a layer costs on a TPU chip over numbers of experts, by the TPU compiler
 # make bench-decode   speed of generation beside transformers' Qwen2-MoE
 # make bench-data     tokens per second of the data path, and how many cores a chip needs
 # make router-study   remedies for the router, compared over seeds (an hour or two, can be stopped; more seeds:
@@ -37,7 +38,7 @@ BENCH_DIR := runs/benchmark
 # Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
 PYTEST_FLAGS := -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data conversion-study \
+.PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data layer-report conversion-study \
 	routing-study-small router-study install install-torch install-eval install-tpu data-demo data-study clean
 
 demo: $(INSTALLED)
@@ -67,6 +68,10 @@ bench: $(INSTALLED)
 # Half an hour: layer, training step and decoding over their sizes; goes on where it was stopped.
 bench-all: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.benchmark --output=$(BENCH_DIR) $(FLAGS)
+
+# Compiles for a TPU that need not be there; ten minutes.
+layer-report: $(TPU_INSTALLED)
+	@$(VENV)/bin/python -m openmoe_jax.tools.layer_report --output=$(BENCH_DIR) $(FLAGS)
 
 bench-decode: $(TORCH_INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.bench_decode

@@ -96,6 +96,7 @@ def run_of(**changes):
   return dataclasses.replace(run, **changes)
 
 
+@pytest.mark.slow
 def test_sweep_tries_what_divides():
   slice_ = tpu_slices.parse('v5e-8')
   tried = sweep.candidates(run_of(), slice_)

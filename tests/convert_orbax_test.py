@@ -63,8 +63,8 @@ def test_reads_what_orbax_wrote(saved):
   assert not any(n.startswith(SLOTS) for n in OrbaxSource(run.model_dir, with_state=False).tensors)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(model=dict(num_layers=6, moe_interval=3, mlp_dim=160, emb_dim=144)),
-                                     dict(model=dict(num_experts=0, moe_interval=1))])
+@pytest.mark.parametrize('changes', [{}, pytest.param(dict(model=dict(
+    num_layers=6, moe_interval=3, mlp_dim=160, emb_dim=144)), marks=pytest.mark.slow), dict(model=dict(num_experts=0, moe_interval=1))])
 def test_orbax_reads_what_we_wrote(tmp_path, monkeypatch, changes):
   run, state, template = save(tmp_path / 'run', **changes)
   source = OrbaxSource(run.model_dir)

@@ -297,8 +297,10 @@ def test_interrupted_runs_continue_identically():
         dict(num_streams=2, mixture_or_task='numbers_one_file'), dict(num_streams=2, mixture_or_task='demo_full_lm'),
         dict(num_streams=1, mixture_or_task='demo_prefix_lm', task_feature_lengths={'inputs': 32, 'targets': 32}),
         dict(num_streams=1, mixture_or_task='demo_ul2_corrected', task_feature_lengths={'inputs': 32, 'targets': 32}))),
-    dict(num_streams=1, mixture_or_task='demo_ul2', task_feature_lengths={'inputs': 32, 'targets': 32}),
-    dict(num_streams=1, mixture_or_task='demo_fim', task_feature_lengths={'targets': 64}, open_rows=2)])
+    pytest.param(dict(num_streams=1, mixture_or_task='demo_ul2', task_feature_lengths={'inputs': 32, 'targets': 32}),
+                 marks=pytest.mark.exhaustive),
+    pytest.param(dict(num_streams=1, mixture_or_task='demo_fim', task_feature_lengths={'targets': 64}, open_rows=2),
+                 marks=pytest.mark.exhaustive)])
 def test_many_interrupted_runs_continue_identically(changes):
   check_interrupted_runs(settings(**changes), 100, rounds=2, seed=7)
 

@@ -159,7 +159,7 @@ def test_steps_equal_the_full_forward_pass(changes):
     np.testing.assert_allclose(log_probs[row, at, got.tokens[row]], got.log_probs[row], rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize('options', (pytest.param({}, marks=pytest.mark.slow),
+@pytest.mark.parametrize('options', (pytest.param({}, marks=pytest.mark.exhaustive),
                                      {'temperature': 1., 'top_k': 20, 'top_p': 0.9, 'seed': 3}))
 @pytest.mark.slow
 def test_rows_know_nothing_of_their_neighbours(options):
@@ -177,6 +177,7 @@ def test_rows_know_nothing_of_their_neighbours(options):
   assert_same(decoding.Generated(*(x[:5] for x in longer)), decoding.Generated(*(x[:5] for x in together)))
 
 
+@pytest.mark.slow
 def test_samples():
   """Several samples of a prompt: the same as one at a time, different from each other, the same for the same seed."""
   config = model()
@@ -209,6 +210,7 @@ def test_eos_ends_a_row_and_only_that():
   assert got.lengths.min() < 12
 
 
+@pytest.mark.slow
 def test_stop_ids():
   """A sequence of ids ends a row once all of it has been generated; the prompt does not count."""
   config = model()
@@ -277,7 +279,7 @@ def test_buckets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shape, scan', (((2, 4, 1), False), ((2, 2, 2), True)))
+@pytest.mark.parametrize('shape, scan', (pytest.param((2, 4, 1), False, marks=pytest.mark.exhaustive), ((2, 2, 2), True)))
 def test_mesh_equals_one_device(shape, scan):
   config = model(scan_blocks=scan, num_layers=4 if scan else 2)
   tokens, lengths = prompts(5)

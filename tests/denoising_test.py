@@ -119,6 +119,7 @@ def test_a_long_row_is_limited_by_the_sentinels():
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(count=st.integers(1, 60), longest=st.integers(2, 120), window=st.integers(24, 160),
                   seed=st.integers(0, 10**6))
+@pytest.mark.slow
 def test_every_text_comes_out_once(count, longest, window, seed):
   texts = corpus(count, longest, seed)
   examples = produce(texts + ['', ' \n'], {'inputs': window - 8, 'targets': 8}, seed, denoisers=NAMED)

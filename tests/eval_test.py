@@ -101,6 +101,7 @@ def test_generated_answers_are_the_models(model, folder):
   assert found['figures'] == {'accuracy': 0.} and [p['target'] for p in found['predictions']] == ['it', 'far', 'back']
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_neighbours_matter(model, folder):
   asked = questions('trivia_qa_v010_nocontext', folder)
   drawn = settings(folder, num_samples=3, temperature=1., seed=4)

@@ -19,7 +19,7 @@ from openmoe_jax import checkpoints, history
 import tiny_run
 
 pytestmark = pytest.mark.slow
-STEPS, KILLS = 100, 10
+STEPS = 100
 TRAIN = dict(train_steps=STEPS, log_period=1, eval_period=50)
 ENDLESS = dict(TRAIN, train_steps=1_000_000)  # what is interrupted cannot end by itself before, however fast the machine
 STEP_LINE = re.compile(r'^step +(\d+)/', re.MULTILINE)
@@ -83,15 +83,16 @@ def wait_for(condition, process, seconds=300.):
   raise AssertionError('nothing happened for too long')
 
 
-def test_kill_nine_at_random_moments(tmp_path, undisturbed):
+@pytest.mark.parametrize('kills', (4, pytest.param(10, marks=pytest.mark.exhaustive)))
+def test_kill_nine_at_random_moments(tmp_path, undisturbed, kills):
   rng = random.Random(0)
   checkpoint = dict(period=3, max_to_keep=2)
   gin = write_gin(tmp_path, tiny_run.tiny_run(tmp_path / 'run', train=ENDLESS, checkpoint=checkpoint))
   log = tmp_path / 'log'
-  for kill in range(KILLS):
+  for kill in range(kills):
     log.write_text('')
     process = tiny_run.start(gin, log=log)
-    if kill % 5 == 4:  # while starting, restoring or compiling
+    if kill % 5 == 3:  # while starting, restoring or compiling
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(rng.uniform(2, 8))
     else:  # after some steps: while training, saving, evaluating

@@ -50,6 +50,7 @@ def text_of(tokens):
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(texts=st.lists(st.text(alphabet='ab  \néλ漢😀x', min_size=1, max_size=150), min_size=1, max_size=8),
                   length=st.integers(12, 60), rate=st.sampled_from([0., .5, 1.]), seed=st.integers(0, 10**6))
+@pytest.mark.slow
 def test_the_texts_come_back(texts, length, rate, seed):
   examples = produce(texts, length, seed, rate=rate)
   assert all(len(tokens) <= length for tokens in examples)

@@ -125,6 +125,7 @@ def test_another_process_writes_the_same_file(checkpoint, model, tmp_path):
       generation_files.run(job, model, 3, str, 2)
 
 
+@pytest.mark.slow
 def test_conversation(checkpoint, model, capsys, monkeypatch):
   lines = 'Hi?\n\nAnd?\n/reset\nHi?\n/system Be brief.\nHi?\n/what\n' + 'x y ' * 400 + '\n/quit\nunread\n'
   monkeypatch.setattr(sys, 'stdin', io.StringIO(lines))

@@ -31,6 +31,7 @@ def shapes_of(count):
 
 
 QUICK = ((2, 2, 2),)
+MORE = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 SLOW = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 1), (1, 1, 2))
 ALL = tuple(shape for count in (8, 4, 2) for shape in shapes_of(count))
 
@@ -122,15 +123,16 @@ def test_every_mesh_equals_one_device(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes, shape, microbatches', (
-    (dict(dispatch='einsum'), (2, 4, 1), 1), (dict(dispatch='sort'), (2, 2, 2), 1), (dict(remat='minimal'), (2, 2, 2), 2),
+    (dict(dispatch='einsum'), (2, 4, 1), 1), MORE(dict(dispatch='sort'), (2, 2, 2), 1),
+    MORE(dict(remat='minimal'), (2, 2, 2), 2),
     (dict(dispatch='dropless', capacity_mode='none', remat='full'), (2, 2, 2), 2),
-    (dict(scan_blocks=False, remat='minimal'), (2, 2, 2), 1),
-    ({}, (2, 1, 2), 2), (dict(num_experts=3, group_size=64), (8, 1, 1), 1),
-    (dict(num_experts=6, group_size=7), (4, 2, 1), 1), (dict(num_experts=0, moe_interval=1), (2, 2, 2), 1),
-    (dict(batch_prioritized=True, ignore_padding_tokens=True), (2, 2, 2), 1),
-    (dict(router='sigmoid', normalize_gates=True, num_shared_experts=1), (2, 2, 2), 1),
+    MORE(dict(scan_blocks=False, remat='minimal'), (2, 2, 2), 1),
+    MORE({}, (2, 1, 2), 2), MORE(dict(num_experts=3, group_size=64), (8, 1, 1), 1),
+    (dict(num_experts=6, group_size=7), (4, 2, 1), 1), MORE(dict(num_experts=0, moe_interval=1), (2, 2, 2), 1),
+    MORE(dict(batch_prioritized=True, ignore_padding_tokens=True), (2, 2, 2), 1),
+    MORE(dict(router='sigmoid', normalize_gates=True, num_shared_experts=1), (2, 2, 2), 1),
     (dict(router='expert_choice', allow_future_leak=True, parallel_attention=True), (2, 2, 2), 1),
-    (dict(priority='random', router_jitter=0.1), (2, 4, 1), 1)), ids=str)
+    MORE(dict(priority='random', router_jitter=0.1), (2, 4, 1), 1)), ids=str)
 def test_other_models_on_a_mesh(changes, shape, microbatches):
   """Among them groups whose number the mesh does not divide."""
   compare(model(**changes), shape, microbatches)
@@ -138,13 +140,12 @@ def test_other_models_on_a_mesh(changes, shape, microbatches):
 
 @pytest.mark.parametrize('changes, shape, fsdp', (
     ({}, (2, 2, 2), ('data', 'expert')),
-    pytest.param({}, (2, 4, 1), ('data',), marks=pytest.mark.slow),
-    pytest.param({}, (4, 2, 1), ('expert',), marks=pytest.mark.slow),
+    MORE({}, (2, 4, 1), ('data',)), MORE({}, (4, 2, 1), ('expert',)),
     pytest.param(dict(scan_blocks=False, remat='full'), (8, 1, 1), ('data', 'expert'), marks=pytest.mark.slow),
     pytest.param(dict(remat='dots'), (1, 4, 2), ('data', 'expert'), marks=pytest.mark.slow),
-    pytest.param(dict(dispatch='einsum', remat='minimal'), (2, 4, 1), ('data', 'expert'), marks=pytest.mark.slow),
+    MORE(dict(dispatch='einsum', remat='minimal'), (2, 4, 1), ('data', 'expert')),
     pytest.param(dict(dispatch='dropless', capacity_mode='none'), (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
-    pytest.param(dict(num_experts=0, moe_interval=1), (4, 1, 2), ('data',), marks=pytest.mark.slow)), ids=str)
+    MORE(dict(num_experts=0, moe_interval=1), (4, 1, 2), ('data',))), ids=str)
 def test_split_parameters_equal_one_device(changes, shape, fsdp):
   compare(model(**changes), shape, mesh_config=MeshConfig(fsdp=fsdp))
 

@@ -102,6 +102,7 @@ def test_rates_hold_from_their_batch_on():
   assert 3 not in found[4] and 3 in found[5] and 1 in found[11] and 1 not in found[12]
 
 
+@pytest.mark.slow
 def test_one_percent_over_ten_thousand_rows():
   data = settings(batch_size=10_000, num_streams=1, mixture_schedule=('0: schedule_ab', '1: schedule_bc'))
   streams = data_lib.TrainStreams(data)

@@ -84,7 +84,7 @@ def test_tasks_read_the_data_sets_of_the_original():
   assert set(seqio.MixtureRegistry.get('mix_ul2').splits) == {'train', 'validation'}
 
 
-@pytest.mark.parametrize('name', ['mix_full_lm', pytest.param('mix_full_lm_stage2', marks=pytest.mark.slow),
+@pytest.mark.parametrize('name', [pytest.param('mix_full_lm', marks=pytest.mark.exhaustive), pytest.param('mix_full_lm_stage2', marks=pytest.mark.exhaustive),
                                   pytest.param('mix_full_lm_v2', marks=pytest.mark.slow)])
 def test_ten_thousand_examples_have_the_rates_within_one_percent(folder, name):
   # Random choices with a fixed seed: three standard deviations of a half of 10,000 would be 1.5 %.

@@ -96,6 +96,7 @@ def test_microbatches_move_biases_once_by_their_common_load(three_steps):
   assert np.asarray(states[0]).any()
 
 
+@pytest.mark.slow
 def test_saved_restored_and_gone_on_with(compiled, three_steps, tmp_path):
   run = dataclasses.replace(tiny_run.tiny_run(tmp_path / 'run'), model=MODEL)
   optimizer = make_optimizer(run.optimizer, run.train.train_steps)

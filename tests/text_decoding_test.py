@@ -148,6 +148,7 @@ def test_an_eos_within_the_prompt_ends_nothing(monkeypatch):
   assert text_decoding.generate_texts(fake, ['x</s>y ='], 50, eos_id=None) == ['f()']
 
 
+@pytest.mark.slow
 def test_eos_is_the_vocabularys():
   free = decoding.generate(model().config, model().params, [model().vocabulary.encode('x')], [1], 20, eos_id=None)
   with_eos = types.SimpleNamespace(encode=model().vocabulary.encode, eos_id=int(free.tokens[0, 4]),

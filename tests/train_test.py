@@ -262,6 +262,7 @@ def test_validation_data_that_cannot_be_read_are_noticed_before_any_step(tmp_pat
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_without_evaluation(tmp_path):
   run = tiny_run.tiny_run(tmp_path / 'run', mesh=MESH, data=dict(eval_split=''), train=dict(train_steps=2))
   run_train(run)

@@ -47,20 +47,29 @@ def flops_of(case: Case) -> float:
   return 3. * (rows * feed_forward_flops(config) + case.tokens * 2 * case.emb_dim * case.experts)
 
 
-def run(case: Case, product: MatrixProduct, repeats: int, profiler: Any = None) -> Dict[str, Any]:
-  """Times a case; the products before and after it count too."""
-  layer, shape = MoE(config_of(case)), (case.tokens // ROW, ROW)
-  random = np.random.RandomState(0)
-  x = jnp.asarray(random.randn(*shape, case.emb_dim), case.dtype)
-  direction = jnp.asarray(random.randn(*shape, case.emb_dim), jnp.float32)
-  ids = jnp.ones(shape, jnp.int32)
-  params = jax.jit(lambda x: layer.init(jax.random.key(0), x, True, jnp.ones(x.shape[:2], jnp.int32)))(x[:1])['params']
+def make_step(case: Case) -> Any:
+  """The jitted gradient with respect to parameters and input [B, L, D], as a function of (parameters, input, direction)."""
+  layer, ids = MoE(config_of(case)), jnp.ones((case.tokens // ROW, ROW), jnp.int32)
 
   def loss(params, x, direction):
     y, record = layer.apply({'params': params}, x, True, ids)
     return jnp.sum(y * direction) + record.auxiliary_loss
 
-  step = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x, direction).compile()
+  return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def init(case: Case, x: jax.Array) -> Any:
+  """The layer's parameters for an input [B, L, D]."""
+  return MoE(config_of(case)).init(jax.random.key(0), x, True, jnp.ones(x.shape[:2], jnp.int32))['params']
+
+
+def run(case: Case, product: MatrixProduct, repeats: int, profiler: Any = None) -> Dict[str, Any]:
+  """Times a case; the products before and after it count too."""
+  shape, random = (case.tokens // ROW, ROW, case.emb_dim), np.random.RandomState(0)
+  x = jnp.asarray(random.randn(*shape), case.dtype)
+  direction = jnp.asarray(random.randn(*shape), jnp.float32)
+  params = jax.jit(lambda x: init(case, x))(x[:1])
+  step = make_step(case).lower(params, x, direction).compile()
   timer = timed(step, (params, x, direction), product, repeats, profiler)
   found = compare(timer, product, flops_of(case))
   return {**case._asdict(), **found, 'microseconds_per_token': 1e6 * found['seconds'] / case.tokens,

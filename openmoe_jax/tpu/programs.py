@@ -7,6 +7,7 @@ What does not fit in the memory of a chip is refused, as it would be on the chip
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -88,10 +89,12 @@ def topology_devices(slice_: Slice) -> Tuple[Any, ...]:
     os.environ.setdefault(name, value)
   jax.config.update('jax_platforms', 'cpu')  # or jax would look for a TPU here
   from jax.experimental import topologies
+  # libtpu thinks of hosts with four chips, unless it is told.
+  alone = {'chips_per_host_bounds': (1, 1, 1)} if math.prod(slice_.shape) == 1 else {}
   with _quiet():
     try:
       found = topologies.get_topology_desc(topology_name=slice_.topology, platform='tpu', num_slices=slice_.slices,
-                                           chip_config_name=slice_.chip.config)
+                                           chip_config_name=slice_.chip.config, **alone)
     except Exception as error:
       raise ConfigError(f'--topology={slice_.name}: libtpu does not know {slice_.topology} ({_line(error)})') from error
   return tuple(found.devices)
@@ -119,7 +122,7 @@ def compile_train(run: RunConfig, mesh: Mesh) -> Program:
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in (*FEATURES, 'decoder_positions')}
   step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, mesh_config=run.mesh,
                          seed=run.train.seed, schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
-  return _compile('train', lambda: step.lower(state, batch))
+  return compile_program('train', lambda: step.lower(state, batch))
 
 
 def train_state_shapes(run: RunConfig, mesh: Mesh) -> Any:
@@ -147,7 +150,7 @@ def compile_decode(run: RunConfig, mesh: Mesh, rows: int, prompt: int, new_token
     with jax.set_mesh(mesh):
       return decoding.advance.lower(program, variables, generation, jax.ShapeDtypeStruct((), jnp.int32), options)
 
-  return _compile('decode', lower)
+  return compile_program('decode', lower)
 
 
 def decode_state(config: ModelConfig, mesh: Mesh, rows: int, prompt: int, new_tokens: int) -> decoding.State:
@@ -176,7 +179,8 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _compile(name: str, lower: Any) -> Program:
+def compile_program(name: str, lower: Any) -> Program:
+  """What `lower()` has lowered, compiled; anything but a lack of memory is raised."""
   started = time.monotonic()
   lowered = lower()
   try:

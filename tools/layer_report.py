@@ -1,0 +1,146 @@
+"""What a Mixture-of-Experts layer costs on a TPU chip as the number of experts grows, by the TPU compiler; needs no TPU.
+
+  python -m openmoe_jax.tools.layer_report --output=runs/layer_report          # after `make install-tpu`
+  python -m openmoe_jax.tools.layer_report --output=runs/layer_report --topology=v6e-1 --backends=sort,dropless
+
+Forward and backward of one layer in bfloat16, all tokens one routing group, as many tokens an expert whatever their
+number: the cost of a token would not change if routing and dispatch cost nothing. Counts come from the compiled program,
+seconds from the chip's published figures, as in openmoe-compile-report. OUTPUT/layer_report.json and .png.
+"""
+
+import argparse
+import json
+from typing import Any, Dict, List, Optional, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from openmoe_jax import paths, tpu_slices
+from openmoe_jax.analysis.plots import COLOURS, styled_pyplot, write_figure
+from openmoe_jax.command_line import run_main
+from openmoe_jax.config import DISPATCH_BACKENDS, require
+from openmoe_jax.tools import bench_layer
+from openmoe_jax.tpu import hlo, operations, programs
+
+_MOST_ONE_HOT = 2**30  # numbers in the [T, E, C] array of 'einsum', beyond which its cases are left out
+
+
+def report(case: bench_layer.Case, slice_: tpu_slices.Slice, device: Any) -> Dict[str, Any]:
+  """A case compiled for one device: what it computes and moves a token, and the seconds that follow."""
+  place = SingleDeviceSharding(device)
+  shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  shape = (case.tokens // bench_layer.ROW, bench_layer.ROW, case.emb_dim)
+  params = jax.tree.map(lambda a: shaped(a.shape, a.dtype), jax.eval_shape(
+      lambda x: bench_layer.init(case, x), jax.ShapeDtypeStruct(shape, case.dtype)))
+  program = programs.compile_program('layer', lambda: bench_layer.make_step(case).lower(
+      params, shaped(shape, case.dtype), shaped(shape, jnp.float32)))
+  found = case._asdict() | {'fits': program.fits}
+  if not program.fits:
+    return found | {'needed_bytes': program.needed}
+  module, chip = hlo.parse(program.text), slice_.chip
+  done = operations.work(module)
+  compute = done.flops / (chip.peak_flops / chip.devices)
+  memory = done.bytes / (chip.hbm_bandwidth / chip.devices)
+  a_token = lambda value: value / case.tokens
+  return found | {
+      'flops_per_token': a_token(done.flops), 'model_flops_per_token': a_token(bench_layer.flops_of(case)),
+      'bytes_per_token': a_token(done.bytes), 'memory_bytes': program.memory.total,
+      'unknown': [*done.unknown, *module.unknown_loops], 'nanoseconds_overlap': 1e9 * a_token(max(compute, memory)),
+      'nanoseconds_no_overlap': 1e9 * a_token(compute + memory)}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+  """Entry point."""
+  args = parse(argv)
+  slice_ = tpu_slices.parse(args.topology)
+  device = programs.topology_devices(slice_)[0]
+  found: List[Dict[str, Any]] = []
+  for backend in args.backends:
+    for experts in args.experts:
+      tokens = experts * args.tokens_per_expert
+      if backend == 'einsum' and tokens ** 2 > _MOST_ONE_HOT:  # E * C slots are as many as tokens
+        continue
+      print(f'{backend}, {experts} experts ...', flush=True)
+      case = bench_layer.Case(experts, tokens, backend, 'bfloat16', args.emb_dim, args.mlp_dim)
+      found.append(report(case, slice_, device))
+  result = {'topology': slice_.name, 'cases': found}
+  print(table(found))
+  folder = paths.path(args.output)
+  paths.write_text(folder / 'layer_report.json', json.dumps(result, indent=1) + '\n')
+  print(f'wrote {folder / "layer_report.json"}\nwrote {plot(result, folder / "layer_report.png")[0]}')
+
+
+def growth(cases: Sequence[Dict[str, Any]], name: str) -> Dict[str, List[tuple]]:
+  """{back end: [(experts, cost of a token over that of the fewest experts)]} of the cases that fit."""
+  curves: Dict[str, List[tuple]] = {}
+  for case in cases:
+    if case['fits']:
+      curves.setdefault(case['dispatch'], []).append((case['experts'], case[name]))
+  return {backend: [(experts, cost / min(points)[1]) for experts, cost in points] for backend, points in curves.items()}
+
+
+def table(cases: Sequence[Dict[str, Any]]) -> str:
+  """All cases as Markdown, costs beside those of the fewest experts."""
+  relative = {name: {backend: dict(points) for backend, points in growth(cases, name).items()}
+              for name in ('nanoseconds_overlap', 'nanoseconds_no_overlap')}
+  lines = ['| back end | experts | tokens | FLOPs / model FLOPs | bytes a token | ns a token, overlap | without | '
+           'growth, overlap | without |', '|---|---|---|---|---|---|---|---|---|']
+  for case in cases:
+    backend, experts = case['dispatch'], case['experts']
+    head = f'| {backend} | {experts} | {case["tokens"]:,} |'
+    if not case['fits']:
+      lines.append(f'{head} does not fit | | | | | |')
+      continue
+    lines.append(f'{head} {case["flops_per_token"] / case["model_flops_per_token"]:.3f} | {case["bytes_per_token"]:,.0f} | '
+                 f'{case["nanoseconds_overlap"]:.1f} | {case["nanoseconds_no_overlap"]:.1f} | '
+                 f'{relative["nanoseconds_overlap"][backend][experts]:.3f} | '
+                 f'{relative["nanoseconds_no_overlap"][backend][experts]:.3f} |')
+    if case['unknown']:
+      lines.append(f'| | | | not counted: {", ".join(case["unknown"])} | | | | | |')
+  return '\n'.join(lines)
+
+
+def plot(result: Dict[str, Any], file: paths.PathLike) -> List[str]:
+  """Cost of a token over that of the fewest experts, without overlap, over numbers of experts."""
+  figure, axis = styled_pyplot().subplots(figsize=(5.6, 3.8), layout='constrained')
+  curves = growth(result['cases'], 'nanoseconds_no_overlap')
+  for colour, (name, points) in zip(COLOURS, sorted(curves.items())):
+    x, y = zip(*points)
+    axis.plot(x, y, color=colour, marker='o', markersize=4, label=name)
+  axis.set_xscale('log', base=2)
+  axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
+  axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
+  axis.set_ylim(0, None)
+  axis.set_xlabel('experts')
+  axis.set_ylabel('cost of a token / that of the fewest experts')
+  axis.legend(fontsize=8)
+  axis.set_title(f'MoE layer compiled for {result["topology"]}', loc='left', fontweight='bold')
+  return write_figure(figure, file)
+
+
+def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+  """The flags, checked."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  numbers = lambda text: [int(number) for number in text.split(',')]
+  parser.add_argument('--output', required=True, metavar='DIR')
+  parser.add_argument('--topology', default='v5e-1', metavar='NAME', help='a slice; the layer is compiled for one device')
+  parser.add_argument('--backends', type=lambda text: text.split(','), default=['sort', 'dropless', 'einsum'],
+                      metavar='NAME[,NAME]')
+  parser.add_argument('--experts', type=numbers, default=[8, 16, 32, 64, 128, 256], metavar='N[,N]')
+  parser.add_argument('--tokens_per_expert', type=int, default=256)
+  parser.add_argument('--emb_dim', type=int, default=512)
+  parser.add_argument('--mlp_dim', type=int, default=2048)
+  args = parser.parse_args(argv)
+  for backend in args.backends:
+    require(backend in DISPATCH_BACKENDS, f'--backends: {backend!r} is not known; valid: {", ".join(DISPATCH_BACKENDS)}')
+  require(min(args.experts) >= 2, f'--experts={args.experts} must be numbers of at least 2')
+  for experts in args.experts:
+    tokens = experts * args.tokens_per_expert
+    require(tokens > 0 and tokens % bench_layer.ROW == 0, f'{tokens} tokens, --experts times --tokens_per_expert, must be '
+            f'a multiple of {bench_layer.ROW}')
+  return args
+
+
+if __name__ == '__main__':
+  run_main(main)
