@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, how long a file may be, and what an import costs."""
 
 import ast
+import functools
 import json
 import pathlib
 import subprocess
@@ -36,6 +37,7 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 WITH_TENSORFLOW = ('tensorflow_setup', 'tasks')
 
 
+@functools.cache
 def modules():
   """{dotted name: file} of the library, its tasks and tools."""
   found = {}
@@ -47,6 +49,7 @@ def modules():
   return found
 
 
+@functools.cache
 def imports(path, package):
   """Dotted names that a file imports, inside functions too; `from a import b` gives a.b if that is a module."""
   known = set(modules())
