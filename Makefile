@@ -35,8 +35,8 @@ TPU_INSTALLED := $(VENV)/.openmoe_jax_tpu_installed
 DEMO_DIR := runs/demo
 DATA_DEMO_DIR := runs/data_demo
 BENCH_DIR := runs/benchmark
-# Two processes, a file of tests at a time; make test PYTEST_FLAGS= runs one test after the other.
-PYTEST_FLAGS := -n 2 --dist loadfile
+# Two processes, a file of tests at a time, in conftest's order; make test PYTEST_FLAGS= runs one test after the other.
+PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-exhaustive bench bench-all bench-decode bench-data layer-report conversion-study \
 	routing-study-small router-study install install-torch install-eval install-tpu data-demo data-study clean

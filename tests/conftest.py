@@ -28,6 +28,16 @@ hypothesis.settings.register_profile('openmoe_jax', deadline=None, derandomize=T
 hypothesis.settings.load_profile('openmoe_jax')
 
 
+# Files are given to workers in this order; what takes longest must not come last, when there is nothing left beside it.
+_LONGEST = ('processes_test', 'fault_test', 'train_test', 'mesh_test', 'compile_report_test', 'conversion_test',
+            'torch_model_test', 'decoding_test', 'infer_test', 'pipeline_test', 'model_test', 'eval_test')
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: number for number, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def packages_vocabulary():
   """A file of tests does not begin with the vocabulary that one before it has chosen."""
