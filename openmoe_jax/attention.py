@@ -14,7 +14,7 @@ import numpy as np
 from openmoe_jax import splash
 from openmoe_jax.config import ConfigError, ModelConfig, require
 from openmoe_jax.layers import Dropout, Kernel, linear, normal_init
-from openmoe_jax.partitioning import constrain, on_tpu
+from openmoe_jax.partitioning import constrain, device_kind
 
 # What the model and its loss read of a batch (SPEC 10); decoder_positions is ignored, as in the original.
 FEATURES = ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights', 'decoder_segment_ids',
@@ -157,7 +157,7 @@ class SelfAttention(nn.Module):
     if train and config.dropout_rate:  # one mask of keys for all queries of a row and head, as in T5X
       keep = Dropout(config.dropout_rate)(jnp.ones((x.shape[0], heads, 1, x.shape[1]), x.dtype), train)
     new = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    if cache is None and config.attention == 'splash' and on_tpu() and splash.usable(x.shape[1]):
+    if cache is None and config.attention == 'splash' and splash.usable(x.shape[1]) and splash.runs_on(device_kind()):
       out = splash_attention(q, k, v, context)
     elif cache is None:
       out = blocked_attention(q, k, v, context, config.attention_query_blocks, keep)

@@ -76,8 +76,8 @@ class ModelConfig:
     remat: which activations the backward pass computes again: 'none', 'dots' (all but matmul results), 'minimal' (all
       but the sub-layers' named outputs), 'offload' (as 'minimal', but these and the layers' inputs wait in the host's
       memory), 'full'.
-    attention: 'blocked', or 'splash': on TPUs, a kernel that never writes the scores, where rows are a multiple of 128
-      tokens; the same numbers to rounding.
+    attention: 'blocked', or 'splash': on TPUs from v4 on, a kernel that never writes the scores, where rows are a
+      multiple of 128 tokens; the same numbers to rounding.
     attention_query_blocks: 'blocked' computes causal attention in this many blocks of queries, each against the keys up
       to its end; 1 computes the whole square.
     loss_chunk_tokens: tokens of each batch shard whose float32 logits exist at one time in the loss.

@@ -238,11 +238,11 @@ _gather.defvjp(lambda x, used, kept: (_gather(x, used, kept), None),
                lambda used, kept, _, dx: (jax.lax.with_sharding_constraint(dx, kept),))
 
 
-def on_tpu() -> bool:
-  """Whether what is being traced is for TPUs: the devices of the mesh in force decide, or else the default ones."""
+def device_kind() -> str:
+  """The devices that what is being traced is for, such as 'TPU v4': those of the mesh in force, or else the default ones."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
-  return jax.default_backend() == 'tpu' if device is None else device.device_kind.startswith('TPU')
+  return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def is_finely_split() -> bool:

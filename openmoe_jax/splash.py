@@ -21,6 +21,11 @@ def usable(length: int) -> bool:
   return length % LANES == 0
 
 
+def runs_on(device_kind: str) -> bool:
+  """Whether such devices have what the kernel needs: matrix units before TPU v4 do not take its bfloat16 operands."""
+  return device_kind.startswith('TPU') and device_kind not in ('TPU v2', 'TPU v3')
+
+
 def block_size(length: int) -> int:
   """The largest block that divides a row whose length is `usable`."""
   return max(size for size in range(LANES, min(BLOCK, length) + 1, LANES) if length % size == 0)

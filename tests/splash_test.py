@@ -47,6 +47,8 @@ def test_equals_blocks(packed):
 def test_blocks():
   assert [splash.block_size(n) for n in (128, 256, 512, 640, 2048, 1152)] == [128, 256, 512, 128, 512, 384]
   assert not splash.usable(200)
+  assert [splash.runs_on(f'TPU {kind}') for kind in ('v3', 'v4', 'v5 lite', 'v6 lite')] == [False, True, True, True]
+  assert not splash.runs_on('cpu') and not splash.runs_on('NVIDIA H100')
   assert splash.computed_keys(2048) == (1 + 2 + 3 + 4) * 512 / 4
 
 
