@@ -225,6 +225,20 @@ def test_groups(text, groups):
   assert collectives._groups(hlo.parse_instruction(line), 8) == groups
 
 
+def test_what_is_computed_meanwhile_hides_a_collective():
+  """Two under way share the product between; what comes before the start or behind the done hides nothing."""
+  product = lambda name: f'  %{name} = f32[512,512] dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}'
+  start = lambda name, kind, more: f'  %{name} = (f32[512,512], f32[512,512]) {kind}-start(%x), replica_groups=[16,4]<=[64]{more}'
+  done = lambda name, of, kind: f'  %{name} = f32[512,512] {kind}-done(%{of})'
+  lines = [product('p'), start('a', 'all-to-all', ', dimensions={0}'), product('q'), start('b', 'all-reduce', ', to_apply=%add'),
+           product('r'), done('c', 'a', 'all-to-all'), done('d', 'b', 'all-reduce'), product('s')]
+  text = 'ENTRY %main (x: f32[512,512]) -> f32[] {\n  %x = f32[512,512] parameter(0)\n' + '\n'.join(lines) + '\n}\n'
+  slice_ = tpu_slices.parse('v4-128')
+  hidden = {c.kind: c.hidden for c in collectives.collectives(hlo.parse(text), RING, devices_of(slice_), slice_)}
+  one = 2 * 512 ** 3 / 275e12
+  assert hidden == {'all-to-all': pytest.approx(1.5 * one), 'all-reduce': pytest.approx(.5 * one)}
+
+
 def test_lines_have_half_the_links():
   """8 of 16 chips of a v5e row: no ring; one way of 50 GB/s."""
   got = found('%y = f32[8192] all-gather(%x), replica_groups=[8,8]<=[64], dimensions={0}', 'v5e-64', {'data': 8, 'expert': 8, 'model': 1})

@@ -20,6 +20,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from openmoe_jax.tpu.hlo import Instruction, Module
+from openmoe_jax.tpu.schedule import flops_between
 from openmoe_jax.tpu_slices import Slice
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
@@ -36,6 +37,7 @@ class Collective:
     network: 'ici', or 'dcn' if groups reach across slices.
     bytes: that one device sends over links in one execution.
     seconds: the links' time of one execution.
+    hidden: the part of `seconds` during which the matrix unit has something to do, as the program is scheduled.
     times: executions in a run of the program.
     source: place in the traced program.
   """
@@ -46,6 +48,7 @@ class Collective:
   seconds: float
   times: float
   source: str = ''
+  hidden: float = 0.
 
 
 def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, slice_: Slice) -> List[Collective]:
@@ -56,7 +59,7 @@ def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, s
     devices: those of the mesh, flat, with `coords`, `core_on_chip` and, of several slices, `slice_index`.
     slice_: what they are.
   """
-  found = []
+  found, between = [], flops_between(module, KINDS)
   for computation, instruction, times in module.executed(fused=True):
     kind = kind_of(module, computation, instruction)
     across = _across_slices(instruction, mesh_shape, devices, slice_, times)
@@ -72,7 +75,8 @@ def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, s
     size = _sent(module, computation, instruction, kind, len(group))
     crosses = len({getattr(devices[d], 'slice_index', None) or 0 for d in group}) > 1
     seconds = _seconds(kind, size, group, groups, devices, slice_, crosses)
-    found.append(Collective(kind, axes, 'dcn' if crosses else 'ici', size, seconds, times, instruction.source))
+    hidden = min(between.get((computation, instruction.name), 0.) / (slice_.chip.peak_flops / slice_.chip.devices), seconds)
+    found.append(Collective(kind, axes, 'dcn' if crosses else 'ici', size, seconds, times, instruction.source, hidden))
   return found
 
 
@@ -203,12 +207,13 @@ def _hops(a: np.ndarray, b: np.ndarray, slice_: Slice) -> int:
   return total
 
 
-def by_kind(found: Sequence[Collective]) -> List[Tuple[str, str, str, float, float, float]]:
-  """(network, kind, axes, executions, bytes that a device sends, seconds), summed up, the slowest first."""
+def by_kind(found: Sequence[Collective]) -> List[Tuple[str, str, str, float, float, float, float]]:
+  """(network, kind, axes, executions, bytes that a device sends, seconds, hidden), summed up, the slowest first."""
   sums: Dict[Tuple[str, str, str], List[float]] = {}
   for c in found:
-    row = sums.setdefault((c.network, c.kind, c.axes), [0., 0., 0.])
+    row = sums.setdefault((c.network, c.kind, c.axes), [0., 0., 0., 0.])
     row[0] += c.times
     row[1] += c.times * c.bytes
     row[2] += c.times * c.seconds
-  return sorted(((*key, *row) for key, row in sums.items()), key=lambda r: -r[-1])
+    row[3] += c.times * c.hidden
+  return sorted(((*key, *row) for key, row in sums.items()), key=lambda r: -r[-2])

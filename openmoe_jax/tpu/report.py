@@ -77,7 +77,7 @@ def _report(program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tok
                 'kernels': done.kernel_flops * slice_.devices, 'unknown_kernels': done.unknown,
                 'unknown_loops': list(module.unknown_loops)},
       'main_memory_bytes': done.bytes,
-      'collectives': [dict(zip(('network', 'kind', 'axes', 'executions', 'bytes', 'seconds'), row))
+      'collectives': [dict(zip(('network', 'kind', 'axes', 'executions', 'bytes', 'seconds', 'hidden_seconds'), row))
                       for row in by_kind(moved)],
       'roofline': {'terms': bounds.terms, 'limited_by': bounds.limited_by, 'overlap': bounds.overlap._asdict(),
                    'no_overlap': bounds.no_overlap._asdict()},

@@ -54,10 +54,10 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
   if counts['kernels']:
     flops.add_row('  of which custom kernels', f'{counts["kernels"] / 1e12:,.2f}', share(counts['kernels']))
 
-  moved = _table('Communication of a device', 'over', 'executions', 'GB sent', 'ms')
+  moved = _table('Communication of a device', 'over', 'executions', 'GB sent', 'ms', 'hidden')
   for row in program['collectives']:
     moved.add_row(f'{row["network"]} {row["kind"]}', row['axes'], f'{row["executions"]:.0f}',
-                  f'{row["bytes"] / 1e9:.3f}', f'{1e3 * row["seconds"]:.2f}')
+                  f'{row["bytes"] / 1e9:.3f}', f'{1e3 * row["seconds"]:.2f}', f'{1e3 * row["hidden_seconds"]:.2f}')
 
   bounds, roof = _table('Bounds', 'with overlap', 'without'), program['roofline']
   both = lambda name, scale, form: (form.format(roof[b][name] * scale) for b in ('overlap', 'no_overlap'))
