@@ -53,7 +53,8 @@ def test_train_and_decode(tmp_path, capsys):
 @pytest.mark.parametrize('flags', (
     ('--topology=v4-8', '--gin.ModelConfig.attention="splash"', '--gin.ModelConfig.remat="none"'),
     # There the kernel is not used.
-    ('--topology=v3-8', '--gin.ModelConfig.attention="splash"', '--gin.ModelConfig.remat="full"'),
+    pytest.param(('--topology=v3-8', '--gin.ModelConfig.attention="splash"', '--gin.ModelConfig.remat="full"'),
+                 marks=pytest.mark.exhaustive),
     ('--topology=v5p-8', '--gin.ModelConfig.dispatch="dropless"', '--gin.ModelConfig.capacity_mode="none"'),
     ('--topology=v6e-8', '--gin.ModelConfig.remat="offload"', '--gin.NUM_MODEL_PARTITIONS=2', '--gin.FSDP=("data",)'),
     ('--topology=2*v5e-4', '--gin.MeshConfig.shard_optimizer=("data",)', '--gin.FSDP=()'),

@@ -137,9 +137,10 @@ def assert_same(got, want, rounding=ROUNDING):
   np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=rounding)
 
 
-@pytest.mark.parametrize('changes', ({'num_layers': 4}, {'num_layers': 4, 'scan_blocks': True},
-                                     {'num_experts': 0, 'moe_interval': 1},
-                                     {'inputs_bidirectional_attention': True}, {'batch_prioritized': True}))
+@pytest.mark.parametrize('changes', (
+    {'num_layers': 4}, pytest.param({'num_layers': 4, 'scan_blocks': True}, marks=pytest.mark.slow),
+    pytest.param({'num_experts': 0, 'moe_interval': 1}, marks=pytest.mark.slow), {'inputs_bidirectional_attention': True},
+    pytest.param({'batch_prioritized': True}, marks=pytest.mark.slow)))
 def test_steps_equal_the_full_forward_pass(changes):
   """Every generated token is the argmax, and has the log-probability, of one pass over prompt and continuation."""
   config = model(**changes)

@@ -84,6 +84,7 @@ def direct(model, prefix, target):
 # Answers.
 
 
+@pytest.mark.slow
 def test_log_likelihoods_are_those_of_a_forward_pass(model, folder):
   asked = questions('boolq', folder)
   found = seqio_tasks.evaluate(asked, Answerer(model, settings(folder)))

@@ -175,6 +175,7 @@ def test_full_disk(tmp_path, undisturbed):
     subprocess.run(['umount', str(disk)], check=False)
 
 
+@pytest.mark.exhaustive
 def test_files_may_not_grow(tmp_path, undisturbed):
   """The same where nothing can be mounted: this process may write only small files after it has begun."""
   run = tiny_run.tiny_run(tmp_path / 'run', train=TRAIN, checkpoint=dict(period=5))
@@ -197,6 +198,7 @@ def start_two(gin, tmp_path):
   return processes, logs
 
 
+@pytest.mark.exhaustive
 def test_two_processes_share_a_run_and_one_goes_on_alone(tmp_path, undisturbed):
   run = tiny_run.tiny_run(tmp_path / 'run', train=dict(ENDLESS, eval_period=0), checkpoint=dict(period=5))
   gin = write_gin(tmp_path, run)
@@ -227,6 +229,7 @@ def test_two_processes_share_a_run_and_one_goes_on_alone(tmp_path, undisturbed):
   np.testing.assert_allclose([r['loss'] for r in ours[:20]], [r['loss'] for r in theirs[:20]], rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_kill_nine_of_two_processes(tmp_path):
   tiny = lambda steps: tiny_run.tiny_run(tmp_path / 'run', train=dict(TRAIN, train_steps=steps, eval_period=0),
                                          checkpoint=dict(period=3))

@@ -42,7 +42,7 @@ def assert_params(got, want):
     np.testing.assert_allclose(got[name], want[name], rtol=PARAMETERS, atol=PARAMETERS, err_msg=name)
 
 
-@pytest.mark.parametrize('scan', (False, True), ids=('unrolled', 'scanned'))
+@pytest.mark.parametrize('scan', (False, pytest.param(True, marks=pytest.mark.slow)), ids=('unrolled', 'scanned'))
 def test_metrics_of_five_steps(scan):
   want = golden.load_json('train_metrics.json')
   _, metrics, _ = five_steps(scan)

@@ -140,6 +140,7 @@ def test_conversation(checkpoint, model, capsys, monkeypatch):
   assert capsys.readouterr().out.strip() == first
 
 
+@pytest.mark.slow
 def test_old_turns_are_left_out(checkpoint, capsys, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.StringIO('Hi there?\n' * 6))
   infer.main([checkpoint, '--chat', '--window=150', *NEW])

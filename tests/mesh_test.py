@@ -1,6 +1,6 @@
 """A mesh of devices changes nothing: loss, gradients, one update and initial values on 8 fake CPU devices against one.
 
-Every shape data x expert x model of 8, 4 and 2 devices is tried; one of them is a quick test, five are slow ones.
+Every shape data x expert x model of 8, 4 and 2 devices is tried; one of them is a quick test, three are slow ones.
 """
 
 import functools
@@ -32,7 +32,7 @@ def shapes_of(count):
 
 QUICK = ((2, 2, 2),)
 MORE = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
-SLOW = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 1), (1, 1, 2))
+SLOW = ((8, 1, 1), (1, 1, 8), (2, 2, 1))
 ALL = tuple(shape for count in (8, 4, 2) for shape in shapes_of(count))
 
 
@@ -139,9 +139,9 @@ def test_other_models_on_a_mesh(changes, shape, microbatches):
 
 
 @pytest.mark.parametrize('changes, shape, fsdp', (
-    ({}, (2, 2, 2), ('data', 'expert')),
+    pytest.param({}, (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
     MORE({}, (2, 4, 1), ('data',)), MORE({}, (4, 2, 1), ('expert',)),
-    pytest.param(dict(scan_blocks=False, remat='full'), (8, 1, 1), ('data', 'expert'), marks=pytest.mark.slow),
+    MORE(dict(scan_blocks=False, remat='full'), (8, 1, 1), ('data', 'expert')),
     pytest.param(dict(remat='dots'), (1, 4, 2), ('data', 'expert'), marks=pytest.mark.slow),
     MORE(dict(dispatch='einsum', remat='minimal'), (2, 4, 1), ('data', 'expert')),
     pytest.param(dict(dispatch='dropless', capacity_mode='none'), (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
@@ -151,7 +151,7 @@ def test_split_parameters_equal_one_device(changes, shape, fsdp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh_config', (MeshConfig(shard_optimizer=('data', 'expert')),
+@pytest.mark.parametrize('mesh_config', (MORE(MeshConfig(shard_optimizer=('data', 'expert'))),
                                          MeshConfig(fsdp=('expert',), shard_optimizer=('data',))), ids=str)
 def test_split_optimizer_equals_one_device(mesh_config):
   """Parameters whole or halved, Adam's moments in more pieces."""

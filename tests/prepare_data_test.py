@@ -54,7 +54,8 @@ def write_redpajama(folder, subset, texts):
   return [(texts[i], metas[i]) for i in order if texts[i].strip()]
 
 
-@pytest.mark.parametrize('subset', SUBSETS)
+@pytest.mark.parametrize('subset', [pytest.param(subset, marks=pytest.mark.slow if place else [])
+                                    for place, subset in enumerate(SUBSETS)])
 def test_redpajama_to_batches(tmp_path, subset):
   texts = TEXTS * 40 if subset == 'c4' else TEXTS  # 2,000 documents of C4 are for validation
   expected = write_redpajama(tmp_path / 'raw', subset, texts)

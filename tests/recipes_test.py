@@ -53,7 +53,8 @@ def test_a_recipe_in_one_pass(recipe, bindings):
   run = gin_utils.load_run_config([f'recipes/{recipe}.gin', 'runs/one_pass.gin'], bindings, check_required=False)
   assert (run.train.num_microbatches, run.mesh.model, run.mesh.fsdp) == (1, 1, ('data', 'expert'))
   assert (run.data, run.optimizer) == (before.data, before.optimizer)
-  assert run.model.replace(group_size=1) == before.model.replace(group_size=1)
+  assert run.model.attention == 'splash'
+  assert run.model.replace(group_size=1, attention='blocked') == before.model.replace(group_size=1)
   sizes = [group_tokens(run.model, r.data.batch_size // r.train.num_microbatches, r.data.row_length, True).group_size
            for r in (before, run) if run.model.num_experts]
   assert len(set(sizes)) <= 1

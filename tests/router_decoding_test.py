@@ -16,8 +16,9 @@ MODEL = ModelConfig(vocab_size=32, emb_dim=8, mlp_dim=8, num_heads=1, head_dim=4
 
 
 @pytest.mark.parametrize('changes', (
-    dict(router='sigmoid', num_shared_experts=1), dict(router='frozen', parallel_attention=True),
-    dict(router='hierarchical', normalize_gates=True)), ids=str)
+    dict(router='sigmoid', num_shared_experts=1),
+    pytest.param(dict(router='frozen', parallel_attention=True), marks=pytest.mark.slow),
+    pytest.param(dict(router='hierarchical', normalize_gates=True), marks=pytest.mark.slow)), ids=str)
 def test_greedy_is_the_argmax_of_the_forward_pass(changes):
   config, rng = MODEL.replace(**changes), np.random.RandomState(0)
   params = unflatten_names({name: jnp.asarray(rng.randn(*shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1), jnp.float32)

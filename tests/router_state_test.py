@@ -85,6 +85,7 @@ def test_scanned_blocks_get_their_own_biases(three_steps):
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_move_biases_once_by_their_common_load(three_steps):
   """The loads of a step do not depend on how it is cut where nothing is dropped: no dropping, equal weights."""
   config = MODEL.replace(capacity_mode='none')

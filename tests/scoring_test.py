@@ -96,7 +96,7 @@ def test_greedy_finds_the_likeliest_continuation():
   assert not scoring.score(config, params_of(config), row, lengths, np.array([17])).greedy[0]
 
 
-@pytest.mark.parametrize('shape', ((2, 4, 1), (2, 2, 2)))
+@pytest.mark.parametrize('shape', (pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)))
 def test_mesh_equals_one_device(shape):
   config, tokens = model(), rows()
   mesh = partitioning.make_mesh(MeshConfig(*shape))

@@ -128,6 +128,7 @@ def test_samples_of_a_text():
   assert [row[0] for row in samples] == generated(TEXTS[:2], temperature=1.)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_longer_list():
   """A list that is gone on with later, as a resumed file is: numbers of the whole list give the same draws."""
   want = generated(temperature=1., seed=5)

@@ -207,7 +207,7 @@ def test_replay_shows_batch_loss_and_routing(finished, tmp_path):
   assert 'checkpoint 5, the nearest that is kept' in replay(run, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_replay_after_a_warm_start_and_after_changed_data(finished, tmp_path):
   """Neither begins with step 1 and the first batch."""
   from openmoe_jax.replay import replay
