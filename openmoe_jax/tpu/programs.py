@@ -201,7 +201,7 @@ def compile_program(name: str, lower: Any) -> Program:
 def needed_bytes(message: str) -> float:
   """Bytes of main memory that a compiler's complaint says it would need: 'Used 22.10G of 15.75G hbm.'; 0 if unknown."""
   found = (re.search(r'Used ([\d.]+)([KMGT]) of ', message) or
-           re.search(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\)', message))  # arguments not among it
+           re.search(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\)', message))  # without the arguments: report.py adds them
   return float(found.group(1)) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[found.group(2)] if found else 0.
 
 
