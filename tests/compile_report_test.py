@@ -11,7 +11,8 @@ import pytest
 from openmoe_jax import compile_report, tpu_slices
 from openmoe_jax.analysis import flops
 from openmoe_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from openmoe_jax.tpu import sweep
+from openmoe_jax.tpu import programs, sweep
+from openmoe_jax.tpu import report as report_lib
 
 TINY = ['--gin_file=recipes/openmoe_base.gin', '--gin_file=runs/one_pass.gin', '--gin.BATCH_SIZE=32',
         "--gin.TASK_FEATURE_LENGTHS={'targets': 256}", '--gin.NUM_EXPERT_PARTITIONS=4', '--gin.TRAIN_STEPS=10',
@@ -139,3 +140,12 @@ def test_without_the_compiler(capsys):
   with pytest.raises(SystemExit):
     compile_report.main([*TINY, '--topology=v4-8'])
   assert 'make install-tpu' in capsys.readouterr().err
+
+
+def test_what_adds_up_to_more_than_there_is_does_not_fit():
+  slice_ = tpu_slices.parse('v5e-16')
+  memory = lambda gib: programs.Memory(arguments=gib * tpu_slices.GIB / 2, outputs=0., temporaries=gib * tpu_slices.GIB / 2, code=0.)
+  program = lambda gib: programs.Program('train', 'HloModule x', memory(gib), '', 1.)
+  assert report_lib.believed(program(15.), slice_) == program(15.)
+  got = report_lib.believed(program(22.), slice_)
+  assert not got.fits and got.needed == 22 * tpu_slices.GIB and 'add up to more' in got.error

@@ -31,6 +31,7 @@ def describe(run: RunConfig, slice_: Slice, mesh: Mesh) -> Dict[str, Any]:
 
 def train_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program) -> Dict[str, Any]:
   """Figures of the train step; of one that does not fit, how much it lacks and what would help."""
+  program = believed(program, slice_)
   rows, length = run.data.batch_size // run.train.num_microbatches, run.data.row_length
   tokens = run.data.batch_size * length
   model_flops = tokens * flops.train_flops_per_token(run.model, length, rows)
@@ -54,7 +55,15 @@ def decode_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program, r
                   ) -> Dict[str, Any]:
   """Figures of one step of generation with a cache of `positions`, half of them filled on average."""
   parts = flops.forward_flops_per_token(run.model.replace(capacity_mode='none'), positions, None, train=False)
-  return _report(program, slice_, mesh, rows * sum(parts.values()), rows, 0)
+  return _report(believed(program, slice_), slice_, mesh, rows * sum(parts.values()), rows, 0)
+
+
+def believed(program: Program, slice_: Slice) -> Program:
+  """The program; as one that does not fit where the compiler accepts what adds up to more than a device has."""
+  if not program.fits or program.memory.total <= slice_.device_hbm_bytes:
+    return program
+  error = 'the compiler accepts it, but by its own account the parts add up to more than a device has'
+  return dataclasses.replace(program, text='', memory=None, error=error, needed=program.memory.total)
 
 
 def _report(program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tokens: float, budget: float
