@@ -5,6 +5,7 @@ import json
 import pytest
 
 from openmoe_jax.command_line import run_main
+from openmoe_jax.config import ConfigError
 from openmoe_jax.tools import layer_report
 
 
@@ -43,3 +44,14 @@ def test_a_layer_for_one_chip(tmp_path, capsys):
     assert (0.95 < ratio < 1.06) if backend == 'sort' else ratio > 1.3
   assert all(not c['unknown'] and c['bytes_per_token'] > 0 for c in found['cases'])
   assert '| sort | 4 | 512 |' in capsys.readouterr().out
+  layer_report.main([f'--output={tmp_path}', '--experts=2,4', '--tokens_per_expert=128', '--emb_dim=128', '--mlp_dim=256',
+                     '--backends=sort,einsum'])
+  assert 'experts ...' not in capsys.readouterr().out  # nothing is compiled again
+
+
+@pytest.mark.parametrize('text, message', (
+    ('{', 'is damaged'), ('{"topology": "v4-8", "cases": []}', 'is of v4-8, this is v5e-1; give another --output')))
+def test_files_that_are_there(text, message, tmp_path):
+  (tmp_path / 'layer_report.json').write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    layer_report.read(tmp_path / 'layer_report.json', 'v5e-1')

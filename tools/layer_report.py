@@ -5,7 +5,8 @@
 
 Forward and backward of one layer in bfloat16, all tokens one routing group, as many tokens an expert whatever their
 number: the cost of a token would not change if routing and dispatch cost nothing. Counts come from the compiled program,
-seconds from the chip's published figures, as in openmoe-compile-report. OUTPUT/layer_report.json and .png.
+seconds from the chip's published figures, as in openmoe-compile-report. OUTPUT/layer_report.json and .png; what is
+there already is not compiled again.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from openmoe_jax import paths, tpu_slices
 from openmoe_jax.analysis.plots import COLOURS, styled_pyplot, write_figure
 from openmoe_jax.command_line import run_main
-from openmoe_jax.config import DISPATCH_BACKENDS, require
+from openmoe_jax.config import DISPATCH_BACKENDS, ConfigError, require
 from openmoe_jax.tools import bench_layer
 from openmoe_jax.tpu import hlo, operations, programs
 
@@ -55,20 +56,42 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
   args = parse(argv)
   slice_ = tpu_slices.parse(args.topology)
   device = programs.topology_devices(slice_)[0]
+  file = paths.path(args.output) / 'layer_report.json'
+  result = read(file, slice_.name)
+  known = {tuple(case[name] for name in bench_layer.Case._fields): case for case in result['cases']}
   found: List[Dict[str, Any]] = []
   for backend in args.backends:
     for experts in args.experts:
       tokens = experts * args.tokens_per_expert
       if backend == 'einsum' and tokens ** 2 > _MOST_ONE_HOT:  # E * C slots are as many as tokens
         continue
-      print(f'{backend}, {experts} experts ...', flush=True)
       case = bench_layer.Case(experts, tokens, backend, 'bfloat16', args.emb_dim, args.mlp_dim)
-      found.append(report(case, slice_, device))
-  result = {'topology': slice_.name, 'cases': found}
+      if tuple(case) not in known:
+        print(f'{backend}, {experts} experts ...', flush=True)
+        known[tuple(case)] = report(case, slice_, device)
+        result['cases'] = list(known.values())
+        paths.write_text(file, json.dumps(result, indent=1) + '\n')
+      found.append(known[tuple(case)])
   print(table(found))
-  folder = paths.path(args.output)
-  paths.write_text(folder / 'layer_report.json', json.dumps(result, indent=1) + '\n')
-  print(f'wrote {folder / "layer_report.json"}\nwrote {plot(result, folder / "layer_report.png")[0]}')
+  picture = plot({'topology': slice_.name, 'cases': found}, paths.path(args.output) / 'layer_report.png')[0]
+  print(f'wrote {file}\nwrote {picture}')
+
+
+def read(file: Any, topology: str) -> Dict[str, Any]:
+  """What was compiled before.
+
+  Raises:
+    ConfigError: the file is damaged, or of another chip.
+  """
+  if not file.exists():
+    return {'topology': topology, 'cases': []}
+  try:
+    result = json.loads(file.read_text())
+    there, _ = result['topology'], [case['fits'] for case in result['cases']]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f'{file} is damaged ({error}): remove it') from error
+  require(there == topology, f'{file} is of {there}, this is {topology}; give another --output')
+  return result
 
 
 def growth(cases: Sequence[Dict[str, Any]], name: str) -> Dict[str, List[tuple]]:
