@@ -38,8 +38,9 @@ def test_train_and_decode(tmp_path, capsys):
     assert program['fits'] and program['roofline']['limited_by'] in program['roofline']['terms']
     assert sum(program['memory'].values()) == pytest.approx(program['memory_total'], rel=0.02)
     assert 0 < program['roofline']['no_overlap']['mfu'] <= program['roofline']['overlap']['mfu'] < 1
-    assert not program['flops']['unknown_kernels'] and not program['flops']['unknown_loops']
+    assert not program['flops']['unknown_kernels']
   train = got['train']
+  assert not train['flops']['unknown_loops']  # generation's are dropless: rounds until no token is left
   # Everything that is computed is known: what is left is what the compiler's own counting calls by another name.
   counts = train['flops']
   assert abs(counts['waste']['other']) < 0.03 * counts['compiled']
