@@ -66,7 +66,7 @@ def test_other_programs(flags, capsys):
   got = report(capsys, '--no-decode', *flags)['train']
   counts = got['flops']
   assert got['fits'] and not counts['unknown_kernels']
-  if 'dropless' not in flags[1]:  # whose rounds end when no token is left
+  if 'dropless' not in flags[1] and 'pipe' not in flags[1]:  # rounds until no token is left; a bubble is computed too
     assert not counts['unknown_loops'] and abs(counts['waste']['other']) < 0.05 * counts['compiled'], counts
   if 'splash' in flags[1]:
     assert (got['flops']['kernels'] > 0) == ('v3' not in flags[0])

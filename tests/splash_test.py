@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from openmoe_jax import splash
+from openmoe_jax.analysis import flops
 from openmoe_jax.attention import BlockContext, _in_blocks, _with_blind
 from openmoe_jax.config import ConfigError, ModelConfig
 
@@ -57,3 +58,10 @@ def test_what_splash_does_not_do():
   for changes in (dict(dropout_rate=0.1), dict(inputs_bidirectional_attention=True)):
     with pytest.raises(ConfigError, match="ModelConfig.attention = 'splash' is causal"):
       ModelConfig(**sizes, **changes)
+
+
+def test_flops_count_the_kernels_blocks():
+  config = ModelConfig(vocab_size=8, emb_dim=16, mlp_dim=16, num_heads=2, head_dim=8, num_layers=2, moe_interval=2,
+                       num_experts=4, attention='splash')
+  assert flops.computed_keys(config, 256) == 256 and flops.computed_keys(config, 2048) == 1280
+  assert flops.computed_keys(config, 200) == flops.computed_keys(config.replace(attention='blocked'), 200) < 200

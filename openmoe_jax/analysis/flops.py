@@ -15,6 +15,7 @@ The backward pass of y = x W is two products of the same size (for x and for W),
 
 from typing import Dict, Optional
 
+from openmoe_jax import splash
 from openmoe_jax.config import ModelConfig
 from openmoe_jax.layers import hidden_widths
 from openmoe_jax.routers.groups import expert_capacity, group_tokens
@@ -69,7 +70,12 @@ def computed_forward_flops_per_token(config: ModelConfig, length: int, rows: Opt
 
 
 def computed_keys(config: ModelConfig, length: int) -> float:
-  """Keys that a query is multiplied with on average; blocks of queries see the keys up to their end."""
+  """Keys that a query is multiplied with on average; blocks of queries see the keys up to their end.
+
+  With attention = 'splash' as on the devices that run the kernel.
+  """
+  if config.attention == 'splash' and splash.usable(length):
+    return splash.computed_keys(length)
   blocks = 1 if config.inputs_bidirectional_attention else min(config.attention_query_blocks, length)
   return length * (blocks + 1) / (2 * blocks)
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from jax.sharding import Mesh
 
+from openmoe_jax import splash
 from openmoe_jax.analysis import flops, memory
 from openmoe_jax.config import ModelConfig, RunConfig
 from openmoe_jax.tpu import hlo
@@ -44,7 +45,8 @@ def train_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program) ->
   report['memory'] = {**state_bytes(run, mesh), **report['memory']}
   report['memory']['other arguments'] = max(report['memory'].pop('arguments') - sum(
       report['memory'][name] for name in ('parameters', 'optimizer state')), 0)
-  waste = expected_waste(run.model, length, rows)
+  model = run.model if splash.runs_on(slice_.chip.kind) else run.model.replace(attention='blocked')
+  waste = expected_waste(model, length, rows)
   known = {name: tokens * per_token for name, per_token in waste.items()}
   known['other'] = report['flops']['compiled'] - model_flops - sum(known.values())
   report['flops']['waste'] = known
