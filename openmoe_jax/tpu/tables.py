@@ -75,7 +75,7 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
     tail.append(f'kernels without a formula, not counted: {", ".join(counts["unknown_kernels"])}')
   if counts['unknown_loops']:
     tail.append('loops that run nobody knows how often, counted once: ' + ', '.join(counts['unknown_loops']))
-  if counts['ratio'] < 0.9:
+  if counts['ratio'] < 0.9 and not tail:
     tail.append('LESS IS COMPILED THAN THE MODEL NEEDS: the program was not read correctly, and no figure but its memory '
                 'holds. Please report it.')
   tables = [_text(t) for t in (memory, flops, moved, bounds) if t.row_count]
