@@ -69,7 +69,7 @@ bench: $(INSTALLED)
 bench-all: $(INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.benchmark --output=$(BENCH_DIR) $(FLAGS)
 
-# Compiles for a TPU that need not be there; ten minutes.
+# Compiles for a TPU that need not be there, some minutes a case; goes on where it was stopped.
 layer-report: $(TPU_INSTALLED)
 	@$(VENV)/bin/python -m openmoe_jax.tools.layer_report --output=$(BENCH_DIR) $(FLAGS)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from openmoe_jax.tpu_slices import CHIPS
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets. The beginning of the device's name decides.
-_PEAK_FLOPS = (*((chip.kind, chip.peak_flops / chip.devices) for chip in CHIPS.values()),
+_PEAK_FLOPS = (*((chip.kind, chip.device_flops) for chip in CHIPS.values()),
                ('NVIDIA A100', 312e12), ('NVIDIA H100', 989e12), ('NVIDIA H200', 989e12),
                ('NVIDIA B200', 2250e12))
 _UNITS = ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))

@@ -54,6 +54,11 @@ class Chip:
   wraps: int = 4
   config: str = 'default'
 
+  @property
+  def device_flops(self) -> float:
+    """Bfloat16 FLOP/s of one of its devices."""
+    return self.peak_flops / self.devices
+
 
 _SLOWEST_DCN = 25e9 / 8
 

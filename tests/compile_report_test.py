@@ -150,3 +150,14 @@ def test_what_adds_up_to_more_than_there_is_does_not_fit():
   assert report_lib.believed(program(15.), slice_) == program(15.)
   got = report_lib.believed(program(22.), slice_)
   assert not got.fits and got.needed == 22 * tpu_slices.GIB and 'add up to more' in got.error
+
+
+def test_what_is_lacking():
+  """The compiler speaks of everything, or of temporaries only; then the device's share of the arguments is added."""
+  mesh = jax.make_mesh((4,), ('data',), devices=jax.devices()[:4])
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  arguments = {'a': jax.ShapeDtypeStruct((8, 2 ** 20), 'float32', sharding=split), 'b': jax.ShapeDtypeStruct((), 'int32')}
+  temporaries = 'the total memory required for HLO temporaries (1.50G) exceeds available HBM (1.00G).'
+  assert programs.needed_bytes(temporaries, arguments) == 1.5 * 2 ** 30 + 2 * 2 ** 20 * 4
+  assert programs.needed_bytes('Ran out: Used 22.50G of 15.75G hbm.', arguments) == 22.5 * 2 ** 30
+  assert programs.needed_bytes('no numbers', arguments) == 0

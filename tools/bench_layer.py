@@ -4,7 +4,7 @@ All tokens are one routing group, and an expert has as many slots as there are t
 average whatever the number of experts, so that the experts' work per token stays the same.
 """
 
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from openmoe_jax.moe import MoE
 from openmoe_jax.tools.bench_timing import MatrixProduct, compare, program_memory_gb, timed
 
 ROW = 256  # tokens of a row; the number of tokens is a multiple of it
+_MOST_ONE_HOT = 2**30  # numbers in the [T, E, C] array of 'einsum', beyond which its cases are left out
 
 
 class Case(NamedTuple):
@@ -31,6 +32,19 @@ class Case(NamedTuple):
   dtype: str = 'float32'
   emb_dim: int = 256
   mlp_dim: int = 1024
+
+
+def over_experts(backends: Sequence[str], experts: Sequence[int], tokens_per_expert: int, **more: Any) -> Iterator[Case]:
+  """Cases with as many tokens an expert; of 'einsum' those whose [T, E, C] array can be afforded.
+
+  Args:
+    **more: other fields of the cases.
+  """
+  for backend in backends:
+    for number in experts:
+      tokens = number * tokens_per_expert
+      if backend != 'einsum' or tokens ** 2 <= _MOST_ONE_HOT:  # E * C slots are as many as tokens
+        yield Case(number, tokens, backend, **more)
 
 
 def config_of(case: Case) -> ModelConfig:

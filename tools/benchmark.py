@@ -35,17 +35,13 @@ from openmoe_jax.train_state import init_params
 SECTIONS = ('experts', 'tokens', 'backends', 'step', 'lengths', 'decode')
 DTYPES = ('float32', 'bfloat16')
 _PROMPT = _NEW = 128
-_MOST_ONE_HOT = 2**30  # numbers in the [T, E, C] array of 'einsum', beyond which its cases are left out
 
 
 def cases(args: argparse.Namespace) -> Iterator[Tuple[str, str, str, Callable[..., Dict[str, Any]]]]:
   """(section, name, type of the matrix product, function of product, repeats and profiler)."""
   layer = lambda case: functools.partial(bench_layer.run, case)
-  for backend in args.backends:
-    for experts in args.experts:
-      tokens = experts * args.tokens_per_expert
-      if backend != 'einsum' or tokens ** 2 <= _MOST_ONE_HOT:  # E * C slots are as many as tokens
-        yield 'experts', f'{backend} {experts}', 'float32', layer(bench_layer.Case(experts, tokens, backend))
+  for case in bench_layer.over_experts(args.backends, args.experts, args.tokens_per_expert):
+    yield 'experts', f'{case.dispatch} {case.experts}', 'float32', layer(case)
   for tokens in args.tokens:
     yield 'tokens', f'sort {tokens}', 'float32', layer(bench_layer.Case(tokens=tokens))
   for dtype in DTYPES:

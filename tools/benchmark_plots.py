@@ -1,6 +1,6 @@
 """How costs grow with sizes, drawn from benchmark.json."""
 
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, Iterable, List
 
 import numpy as np
 
@@ -17,20 +17,33 @@ def write(found: Dict[str, Any], folder: paths.PathLike) -> List[str]:
   pyplot = styled_pyplot()
   figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False, layout='constrained')
   for axis, (title, unit, label, curves) in zip(axes[0], panels):
-    for colour, (name, points) in zip(COLOURS, sorted(curves.items())):
-      x, y = np.array(sorted(points)).T
-      axis.plot(x, y, color=colour, marker='o', markersize=4, label=name)
-    axis.set_xscale('log', base=2)
-    axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-    axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
+    draw_curves(axis, curves, unit, label)
     axis.tick_params(axis='x', labelrotation=30)
-    axis.set_ylim(0, None)
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel(unit)
-    axis.set_ylabel(label)
-    axis.legend(fontsize=8)
   figure.suptitle(f'How costs grow: {found["device"]}', x=.01, ha='left', fontweight='bold')
   return write_figure(figure, paths.path(folder) / 'cost_growth.png')
+
+
+def draw_curves(axis: Any, curves: Dict[str, List[tuple]], unit: str, label: str) -> None:
+  """Draws {name: [(size, cost)]} over sizes in powers of two."""
+  for colour, (name, points) in zip(COLOURS, sorted(curves.items())):
+    x, y = np.array(sorted(points)).T
+    axis.plot(x, y, color=colour, marker='o', markersize=4, label=name)
+  axis.set_xscale('log', base=2)
+  axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
+  axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
+  axis.set_ylim(0, None)
+  axis.set_xlabel(unit)
+  axis.set_ylabel(label)
+  axis.legend(fontsize=8)
+
+
+def draw_picture(file: paths.PathLike, curves: Dict[str, List[tuple]], unit: str, label: str, title: str) -> str:
+  """Writes a picture of such curves alone; returns its path."""
+  figure, axis = styled_pyplot().subplots(figsize=(5.6, 3.8), layout='constrained')
+  draw_curves(axis, curves, unit, label)
+  axis.set_title(title, loc='left', fontweight='bold')
+  return write_figure(figure, file)[0]
 
 
 def cost(case: Dict[str, Any]) -> float:
@@ -40,9 +53,14 @@ def cost(case: Dict[str, Any]) -> float:
 
 def growth(own: Dict[str, Dict[str, Any]]) -> Dict[str, List[tuple]]:
   """{back end: [(experts, cost of a token over that of the fewest experts)]}."""
+  return growth_of(own.values(), cost)
+
+
+def growth_of(cases: Iterable[Dict[str, Any]], cost_of: Callable[[Dict[str, Any]], float]) -> Dict[str, List[tuple]]:
+  """`growth` by any cost of a case."""
   curves: Dict[str, List[tuple]] = {}
-  for case in own.values():
-    curves.setdefault(case['dispatch'], []).append((case['experts'], cost(case)))
+  for case in cases:
+    curves.setdefault(case['dispatch'], []).append((case['experts'], cost_of(case)))
   return {name: [(x, y / min(points)[1]) for x, y in points] for name, points in curves.items()}
 
 

@@ -12,9 +12,9 @@ import json
 from typing import Any, Dict, List, Optional, Sequence
 
 from openmoe_jax import paths
-from openmoe_jax.analysis.plots import COLOURS, styled_pyplot, write_figure
 from openmoe_jax.command_line import run_main
 from openmoe_jax.config import ConfigError, require
+from openmoe_jax.tools import benchmark_plots
 from openmoe_jax.tpu_slices import GIB
 
 _HEAD = ('slice', 'chips', 'mesh', 'tokens a step', 'microbatches', 'remat', 'GiB of a device', 'FLOPs / model FLOPs',
@@ -81,27 +81,14 @@ def growth(reports: Sequence[Dict[str, Any]]) -> Dict[str, List[tuple]]:
   """{what: [(chips, a chip's cost over that with the fewest chips)]}; what costs nothing with the fewest is left out."""
   reports = sorted((r for r in reports if r['train']['fits']), key=lambda report: report['chips'])
   require(len(reports) >= 2, '--plot needs two reports or more that fit')
-  first = costs(reports[0])
-  return {name: [(report['chips'], costs(report)[name] / value) for report in reports]
-          for name, value in first.items() if value}
+  points = [(report['chips'], costs(report)) for report in reports]
+  return {name: [(chips, cost[name] / value) for chips, cost in points] for name, value in points[0][1].items() if value}
 
 
 def plot(reports: Sequence[Dict[str, Any]], file: str) -> str:
   """Draws `growth`; returns the file."""
-  curves = growth(reports)
-  figure, axis = styled_pyplot().subplots(figsize=(5.6, 3.8), layout='constrained')
-  for colour, (name, points) in zip(COLOURS, curves.items()):
-    x, y = zip(*points)
-    axis.plot(x, y, color=colour, marker='o', markersize=4, label=name)
-  axis.set_xscale('log', base=2)
-  axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-  axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
-  axis.set_ylim(0, None)
-  axis.set_xlabel('chips')
-  axis.set_ylabel('of a chip, relative to the fewest chips')
-  axis.legend(fontsize=8)
-  axis.set_title('What a chip does in a training step', loc='left', fontweight='bold')
-  return write_figure(figure, file if paths.path(file).suffix else f'{file}.png')[0]
+  return benchmark_plots.draw_picture(file, growth(reports), 'chips', 'of a chip, relative to the fewest chips',
+                                      'What a chip does in a training step')
 
 
 if __name__ == '__main__':

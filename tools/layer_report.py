@@ -18,13 +18,12 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from openmoe_jax import paths, tpu_slices
-from openmoe_jax.analysis.plots import COLOURS, styled_pyplot, write_figure
 from openmoe_jax.command_line import run_main
 from openmoe_jax.config import DISPATCH_BACKENDS, ConfigError, require
-from openmoe_jax.tools import bench_layer
+from openmoe_jax.tools import bench_layer, benchmark_plots
 from openmoe_jax.tpu import hlo, operations, programs
-
-_MOST_ONE_HOT = 2**30  # numbers in the [T, E, C] array of 'einsum', beyond which its cases are left out
+from openmoe_jax.tpu.report import believed
+from openmoe_jax.tpu.roofline import roofline
 
 
 def report(case: bench_layer.Case, slice_: tpu_slices.Slice, device: Any) -> Dict[str, Any]:
@@ -34,21 +33,20 @@ def report(case: bench_layer.Case, slice_: tpu_slices.Slice, device: Any) -> Dic
   shape = (case.tokens // bench_layer.ROW, bench_layer.ROW, case.emb_dim)
   params = jax.tree.map(lambda a: shaped(a.shape, a.dtype), jax.eval_shape(
       lambda x: bench_layer.init(case, x), jax.ShapeDtypeStruct(shape, case.dtype)))
-  program = programs.compile_program('layer', lambda: bench_layer.make_step(case).lower(
-      params, shaped(shape, case.dtype), shaped(shape, jnp.float32)))
+  program = believed(programs.compile_program('layer', bench_layer.make_step(case).lower, params,
+                                              shaped(shape, case.dtype), shaped(shape, jnp.float32)), slice_)
   found = case._asdict() | {'fits': program.fits}
   if not program.fits:
     return found | {'needed_bytes': program.needed}
-  module, chip = hlo.parse(program.text), slice_.chip
+  module, model_flops = hlo.parse(program.text), bench_layer.flops_of(case)
   done = operations.work(module)
-  compute = done.flops / (chip.peak_flops / chip.devices)
-  memory = done.bytes / (chip.hbm_bandwidth / chip.devices)
+  bounds = roofline(done, (), slice_, model_flops, case.tokens, 0)
   a_token = lambda value: value / case.tokens
   return found | {
-      'flops_per_token': a_token(done.flops), 'model_flops_per_token': a_token(bench_layer.flops_of(case)),
+      'flops_per_token': a_token(done.flops), 'model_flops_per_token': a_token(model_flops),
       'bytes_per_token': a_token(done.bytes), 'memory_bytes': program.memory.total,
-      'unknown': [*done.unknown, *module.unknown_loops], 'nanoseconds_overlap': 1e9 * a_token(max(compute, memory)),
-      'nanoseconds_no_overlap': 1e9 * a_token(compute + memory)}
+      'unknown': [*done.unknown, *module.unknown_loops], 'nanoseconds_overlap': 1e9 * a_token(bounds.overlap.step_seconds),
+      'nanoseconds_no_overlap': 1e9 * a_token(bounds.no_overlap.step_seconds)}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -58,22 +56,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
   device = programs.topology_devices(slice_)[0]
   file = paths.path(args.output) / 'layer_report.json'
   result = read(file, slice_.name)
-  known = {tuple(case[name] for name in bench_layer.Case._fields): case for case in result['cases']}
+  known = {bench_layer.Case(*(case[name] for name in bench_layer.Case._fields)): case for case in result['cases']}
   found: List[Dict[str, Any]] = []
-  for backend in args.backends:
-    for experts in args.experts:
-      tokens = experts * args.tokens_per_expert
-      if backend == 'einsum' and tokens ** 2 > _MOST_ONE_HOT:  # E * C slots are as many as tokens
-        continue
-      case = bench_layer.Case(experts, tokens, backend, 'bfloat16', args.emb_dim, args.mlp_dim)
-      if tuple(case) not in known:
-        print(f'{backend}, {experts} experts ...', flush=True)
-        known[tuple(case)] = report(case, slice_, device)
-        result['cases'] = list(known.values())
-        paths.write_text(file, json.dumps(result, indent=1) + '\n')
-      found.append(known[tuple(case)])
+  for case in bench_layer.over_experts(args.backends, args.experts, args.tokens_per_expert, dtype='bfloat16',
+                                       emb_dim=args.emb_dim, mlp_dim=args.mlp_dim):
+    if case not in known:
+      print(f'{case.dispatch}, {case.experts} experts ...', flush=True)
+      known[case] = report(case, slice_, device)
+      result['cases'] = list(known.values())
+      paths.write_text(file, json.dumps(result, indent=1) + '\n')
+    found.append(known[case])
   print(table(found))
-  picture = plot({'topology': slice_.name, 'cases': found}, paths.path(args.output) / 'layer_report.png')[0]
+  picture = plot({'topology': slice_.name, 'cases': found}, paths.path(args.output) / 'layer_report.png')
   print(f'wrote {file}\nwrote {picture}')
 
 
@@ -96,11 +90,7 @@ def read(file: Any, topology: str) -> Dict[str, Any]:
 
 def growth(cases: Sequence[Dict[str, Any]], name: str) -> Dict[str, List[tuple]]:
   """{back end: [(experts, cost of a token over that of the fewest experts)]} of the cases that fit."""
-  curves: Dict[str, List[tuple]] = {}
-  for case in cases:
-    if case['fits']:
-      curves.setdefault(case['dispatch'], []).append((case['experts'], case[name]))
-  return {backend: [(experts, cost / min(points)[1]) for experts, cost in points] for backend, points in curves.items()}
+  return benchmark_plots.growth_of((case for case in cases if case['fits']), lambda case: case[name])
 
 
 def table(cases: Sequence[Dict[str, Any]]) -> str:
@@ -124,22 +114,11 @@ def table(cases: Sequence[Dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def plot(result: Dict[str, Any], file: paths.PathLike) -> List[str]:
-  """Cost of a token over that of the fewest experts, without overlap, over numbers of experts."""
-  figure, axis = styled_pyplot().subplots(figsize=(5.6, 3.8), layout='constrained')
-  curves = growth(result['cases'], 'nanoseconds_no_overlap')
-  for colour, (name, points) in zip(COLOURS, sorted(curves.items())):
-    x, y = zip(*points)
-    axis.plot(x, y, color=colour, marker='o', markersize=4, label=name)
-  axis.set_xscale('log', base=2)
-  axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-  axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
-  axis.set_ylim(0, None)
-  axis.set_xlabel('experts')
-  axis.set_ylabel('cost of a token / that of the fewest experts')
-  axis.legend(fontsize=8)
-  axis.set_title(f'MoE layer compiled for {result["topology"]}', loc='left', fontweight='bold')
-  return write_figure(figure, file)
+def plot(result: Dict[str, Any], file: paths.PathLike) -> str:
+  """Cost of a token over that of the fewest experts, without overlap, over numbers of experts; returns the file."""
+  return benchmark_plots.draw_picture(file, growth(result['cases'], 'nanoseconds_no_overlap'), 'experts',
+                                      'cost of a token / that of the fewest experts',
+                                      f'MoE layer compiled for {result["topology"]}')
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:

@@ -31,7 +31,9 @@ def styled_pyplot():
 
 
 def write_figure(figure: Any, *files: paths.PathLike) -> List[str]:
-  """Writes a figure into files, in the formats that their names end with, and closes it; returns the paths."""
+  """Writes a figure into files, in the formats that their names end with (else .png, which is added), and closes it;
+  returns the paths."""
+  files = [file if paths.path(file).suffix else f'{file}.png' for file in files]
   for file in files:
     stream = io.BytesIO()
     figure.savefig(stream, format=str(file).rpartition('.')[2])

@@ -75,7 +75,7 @@ def collectives(module: Module, mesh_shape: Dict[str, int], devices: Sequence, s
     size = _sent(module, computation, instruction, kind, len(group))
     crosses = len({getattr(devices[d], 'slice_index', None) or 0 for d in group}) > 1
     seconds = _seconds(kind, size, group, groups, devices, slice_, crosses)
-    hidden = min(between.get((computation, instruction.name), 0.) / (slice_.chip.peak_flops / slice_.chip.devices), seconds)
+    hidden = min(between.get((computation, instruction.name), 0.) / slice_.chip.device_flops, seconds)
     found.append(Collective(kind, axes, 'dcn' if crosses else 'ici', size, seconds, times, instruction.source, hidden))
   return found
 

@@ -233,41 +233,33 @@ class Module:
     computation = self.entry if computation is None else computation
     for instruction in self.computations[computation]:
       yield computation, instruction, times
-      if instruction.opcode == 'while':
-        trips = self.trips(instruction)
-        yield from self.executed(instruction.attribute('body').lstrip('%'), times * (1 if trips is None else trips), fused)
-      elif instruction.opcode in ('call', 'conditional', 'async-start') or fused and instruction.opcode == 'fusion':
-        for name in instruction.called():
-          yield from self.executed(name, times, fused)
+      yield from self.inside(instruction, times, fused)
+
+  def inside(self, instruction: Instruction, times: float = 1., fused: bool = False
+             ) -> Iterator[Tuple[str, Instruction, float]]:
+    """As `executed`, of the computations that an instruction runs."""
+    if instruction.opcode == 'while':
+      trips = self.trips(instruction)
+      yield from self.executed(instruction.attribute('body').lstrip('%'), times * (1 if trips is None else trips), fused)
+    elif instruction.opcode in ('call', 'conditional', 'async-start') or fused and instruction.opcode == 'fusion':
+      for name in instruction.called():
+        yield from self.executed(name, times, fused)
 
 
 def parse(text: str) -> Module:
   """The module that `compiled.as_text()` prints."""
-  computations, entry, current = {}, '', None
-  for line in _joined(text):
+  computations: Dict[str, List[str]] = {}
+  entry, body = '', None
+  for line in text.splitlines():
     start = _COMPUTATION.match(line)
     if start:
-      current = computations.setdefault(start.group(2), [])
+      body = computations.setdefault(start.group(2), [])
       entry = start.group(2) if start.group(1) else entry
     elif _END.match(line):
-      current = None
-    elif current is not None:
-      instruction = parse_instruction(line)
-      if instruction is not None:
-        current.append(instruction)
-  return Module(computations, entry)
-
-
-def _joined(text: str) -> Iterator[str]:
-  """Lines, an instruction in one: what kernels say of themselves is printed over several."""
-  inside, instruction = False, ''
-  for line in text.splitlines():
-    begins = bool(_COMPUTATION.match(line))
-    if inside and not begins and not _END.match(line) and not line.startswith('  '):
-      instruction += line
-      continue
-    if instruction:
-      yield instruction
-    inside, instruction = begins or inside and not _END.match(line), line
-  if instruction:
-    yield instruction
+      body = None
+    elif body and not line.startswith('  '):  # what a kernel says of itself goes on over several lines
+      body[-1] += line
+    elif body is not None:
+      body.append(line)
+  return Module({name: [i for i in map(parse_instruction, lines) if i is not None] for name, lines in computations.items()},
+                entry)

@@ -54,6 +54,12 @@ def work(module: Module) -> Work:
   return Work(flops, traffic, kernels, unknown)
 
 
+def product_flops(module: Module, computation: str, instruction: Instruction) -> float:
+  """FLOPs of a matrix product or of a kernel; 0 of anything else, and of a kernel that no formula is for."""
+  own = kernel_flops if is_kernel(instruction) else matrix_flops
+  return own(module, computation, instruction) or 0.
+
+
 def matrix_flops(module: Module, computation: str, instruction: Instruction) -> Optional[float]:
   """FLOPs of a `dot` or `convolution`; None for anything else."""
   if instruction.opcode == 'dot':

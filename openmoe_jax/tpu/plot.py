@@ -2,7 +2,6 @@
 
 from typing import Any, Mapping
 
-from openmoe_jax import paths
 from openmoe_jax.analysis.plots import styled_pyplot, write_figure
 from openmoe_jax.tpu_slices import GIB
 
@@ -28,4 +27,4 @@ def write(report: Mapping[str, Any], file: str) -> None:
   axes[0].axhline(report['hbm_bytes_per_device'] / GIB, color='black', linewidth=1, linestyle='--')
   figure.suptitle(f'{report["topology"]}, mesh ' + ' x '.join(map(str, report['mesh'].values())), fontsize=11)
   figure.tight_layout()
-  write_figure(figure, file if paths.path(file).suffix else f'{file}.png')
+  write_figure(figure, file)

@@ -122,7 +122,7 @@ def compile_train(run: RunConfig, mesh: Mesh) -> Program:
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in (*FEATURES, 'decoder_positions')}
   step = make_train_step(run.model, optimizer, run.train.num_microbatches, mesh=mesh, mesh_config=run.mesh,
                          seed=run.train.seed, schedule=learning_rate_schedule(run.optimizer, run.train.train_steps))
-  return compile_program('train', lambda: step.lower(state, batch))
+  return compile_program('train', step.lower, state, batch)
 
 
 def train_state_shapes(run: RunConfig, mesh: Mesh) -> Any:
@@ -146,11 +146,11 @@ def compile_decode(run: RunConfig, mesh: Mesh, rows: int, prompt: int, new_token
   options = decoding._Options(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
       ((), jnp.float32), ((), jnp.float32), ((), jnp.int32), ((0, 0), jnp.int32))))
 
-  def lower():
+  def lower(*arguments):
     with jax.set_mesh(mesh):
-      return decoding.advance.lower(program, variables, generation, jax.ShapeDtypeStruct((), jnp.int32), options)
+      return decoding.advance.lower(program, *arguments)
 
-  return compile_program('decode', lower)
+  return compile_program('decode', lower, variables, generation, jax.ShapeDtypeStruct((), jnp.int32), options)
 
 
 def decode_state(config: ModelConfig, mesh: Mesh, rows: int, prompt: int, new_tokens: int) -> decoding.State:
@@ -179,10 +179,10 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def compile_program(name: str, lower: Any) -> Program:
-  """What `lower()` has lowered, compiled; anything but a lack of memory is raised."""
+def compile_program(name: str, lower: Any, *arguments: Any) -> Program:
+  """What `lower` has lowered for ShapeDtypeStructs, compiled; anything but a lack of memory is raised."""
   started = time.monotonic()
-  lowered = lower()
+  lowered = lower(*arguments)
   try:
     with _quiet():
       compiled = lowered.compile()
@@ -190,7 +190,7 @@ def compile_program(name: str, lower: Any) -> Program:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
       raise
-    return Program(name, '', None, _line(error), time.monotonic() - started, needed_bytes(text))
+    return Program(name, '', None, _line(error), time.monotonic() - started, needed_bytes(text, arguments))
   stats = compiled.memory_analysis()
   memory = Memory(stats.argument_size_in_bytes, max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
                   stats.temp_size_in_bytes, stats.generated_code_size_in_bytes,
@@ -198,11 +198,20 @@ def compile_program(name: str, lower: Any) -> Program:
   return Program(name, compiled.as_text(), memory, '', time.monotonic() - started)
 
 
-def needed_bytes(message: str) -> float:
-  """Bytes of main memory that a compiler's complaint says it would need: 'Used 22.10G of 15.75G hbm.'; 0 if unknown."""
-  found = (re.search(r'Used ([\d.]+)([KMGT]) of ', message) or
-           re.search(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\)', message))  # without the arguments: report.py adds them
-  return float(found.group(1)) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[found.group(2)] if found else 0.
+def needed_bytes(message: str, arguments: Any = ()) -> float:
+  """Bytes of a device's main memory that a program would need, by the compiler's complaint; 0 if it does not say.
+
+  Args:
+    message: 'Used 22.10G of 15.75G hbm.', or of temporaries alone, without the program's arguments.
+    arguments: tree of ShapeDtypeStructs; those without a sharding are too small to count.
+  """
+  size = lambda found: float(found.group(1)) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[found.group(2)]
+  everything = re.search(r'Used ([\d.]+)([KMGT]) of ', message)
+  if everything:
+    return size(everything)
+  temporaries = re.search(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\)', message)
+  return size(temporaries) + sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                                 for x in jax.tree.leaves(arguments) if x.sharding is not None) if temporaries else 0.
 
 
 def _line(error: BaseException) -> str:

@@ -38,8 +38,6 @@ def train_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program) ->
   model_flops = tokens * flops.train_flops_per_token(run.model, length, rows)
   report = _report(program, slice_, mesh, model_flops, tokens, tokens * run.train.train_steps)
   if not program.fits:
-    if 'HLO temporaries' in program.error and program.needed:  # which the compiler counts without what is there already
-      report['needed_bytes'] += sum(state_bytes(run, mesh).values())
     report['advice'] = advice(run, slice_, mesh)
     return report
   report['memory'] = {**state_bytes(run, mesh), **report['memory']}

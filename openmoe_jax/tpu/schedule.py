@@ -7,7 +7,7 @@ on. The matrix products there hide it, as far as they take as long as the links 
 from typing import Dict, List, Sequence, Tuple
 
 from openmoe_jax.tpu.hlo import Instruction, Module
-from openmoe_jax.tpu.operations import is_kernel, kernel_flops, matrix_flops
+from openmoe_jax.tpu.operations import product_flops
 
 
 def flops_between(module: Module, kinds: Sequence[str]) -> Dict[Tuple[str, str], float]:
@@ -34,12 +34,6 @@ def flops_between(module: Module, kinds: Sequence[str]) -> Dict[Tuple[str, str],
 
 
 def _flops(module: Module, computation: str, instruction: Instruction) -> float:
-  """Of one instruction and all that it calls."""
-  own = kernel_flops if is_kernel(instruction) else matrix_flops
-  total = own(module, computation, instruction) or 0.
-  inside = [instruction.attribute('body').lstrip('%')] if instruction.opcode == 'while' else (
-      instruction.called() if instruction.opcode in ('fusion', 'call', 'conditional') else ())
-  times = (module.trips(instruction) or 1) if instruction.opcode == 'while' else 1
-  for name in inside:
-    total += times * sum(_flops(module, name, i) for i in module.computations[name])
-  return total
+  """Of one instruction and all that it runs."""
+  inside = sum(times * product_flops(module, where, i) for where, i, times in module.inside(instruction, fused=True))
+  return product_flops(module, computation, instruction) + inside
