@@ -134,6 +134,13 @@ def names() -> Tuple[str, ...]:
   return tuple(_name(chip, shape) for chip in CHIPS.values() for shape in _TOPOLOGIES[chip.name])
 
 
+def larger(slice_: Slice, times: float) -> str:
+  """The smallest slice of the same chips with more of them, at least `times` as many; '' if there is none."""
+  chips = lambda topology: math.prod(map(int, topology.split('x')))
+  enough = [t for t in _TOPOLOGIES[slice_.chip.name] if chips(t) > slice_.chips and chips(t) >= times * slice_.chips]
+  return _name(slice_.chip, min(enough, key=chips)) if enough else ''
+
+
 def _name(chip: Chip, topology: str) -> str:
   chips = math.prod(map(int, topology.split('x')))
   return f'{chip.name}-{chips * (chip.cores if chip.counts_cores else 1)}'

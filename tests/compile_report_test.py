@@ -37,6 +37,7 @@ def test_train_and_decode(tmp_path, capsys):
   for program in (got['train'], got['decode']):
     assert program['fits'] and program['roofline']['limited_by'] in program['roofline']['terms']
     assert sum(program['memory'].values()) == pytest.approx(program['memory_total'], rel=0.02)
+    assert program['memory']['parameters' if program is got['train'] else 'arguments'] < program['memory_peak']
     assert 0 < program['roofline']['no_overlap']['mfu'] <= program['roofline']['overlap']['mfu'] < 1
     assert not program['flops']['unknown_kernels']
   train = got['train']
@@ -45,6 +46,12 @@ def test_train_and_decode(tmp_path, capsys):
   counts = train['flops']
   assert abs(counts['waste']['other']) < 0.03 * counts['compiled']
   assert train['token_budget'] == 10 * 32 * 256
+  spent = {part['name']: part for part in train['parts']}
+  assert set(spent) == {'optimizer', 'loss', 'attention', 'always-on FFN', 'experts and routing', 'dense FFN', 'embedding',
+                        'norms and residuals', 'other'}
+  assert sum(part['share'] for part in spent.values()) == pytest.approx(1.) and spent['other']['compute'] == 0.
+  assert spent['loss']['compute'] == pytest.approx(
+      3 * 2 * 32 * 256 * 1024 * 128 / 8 / tpu_slices.parse('v5e-8').chip.peak_flops, rel=0.01)
   axes = {(c['kind'], c['axes']) for c in train['collectives']}
   assert ('all-gather', 'data+expert') in axes  # parameters
   assert any(kind == 'all-to-all' and 'expert' in a for kind, a in axes)  # tokens to experts
@@ -143,21 +150,36 @@ def test_without_the_compiler(capsys):
   assert 'make install-tpu' in capsys.readouterr().err
 
 
-def test_what_adds_up_to_more_than_there_is_does_not_fit():
-  slice_ = tpu_slices.parse('v5e-16')
-  memory = lambda gib: programs.Memory(arguments=gib * tpu_slices.GIB / 2, outputs=0., temporaries=gib * tpu_slices.GIB / 2, code=0.)
-  program = lambda gib: programs.Program('train', 'HloModule x', memory(gib), '', 1.)
-  assert report_lib.believed(program(15.), slice_) == program(15.)
-  got = report_lib.believed(program(22.), slice_)
-  assert not got.fits and got.needed == 22 * tpu_slices.GIB and 'add up to more' in got.error
-
-
 def test_what_is_lacking():
-  """The compiler speaks of everything, or of temporaries only; then the device's share of the arguments is added."""
-  mesh = jax.make_mesh((4,), ('data',), devices=jax.devices()[:4])
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  arguments = {'a': jax.ShapeDtypeStruct((8, 2 ** 20), 'float32', sharding=split), 'b': jax.ShapeDtypeStruct((), 'int32')}
+  """The figure is of everything, in both forms of the complaint."""
   temporaries = 'the total memory required for HLO temporaries (1.50G) exceeds available HBM (1.00G).'
-  assert programs.needed_bytes(temporaries, arguments) == 1.5 * 2 ** 30 + 2 * 2 ** 20 * 4
-  assert programs.needed_bytes('Ran out: Used 22.50G of 15.75G hbm.', arguments) == 22.5 * 2 ** 30
-  assert programs.needed_bytes('no numbers', arguments) == 0
+  assert programs.needed_bytes(temporaries) == 1.5 * 2 ** 30
+  assert programs.needed_bytes('Ran out: Used 22.50G of 15.75G hbm.') == 22.5 * 2 ** 30
+  assert programs.needed_bytes('no numbers') == 0
+
+
+@pytest.mark.parametrize('name, times, larger', (
+    ('v5e-16', 1.1, 'v5e-32'), ('v5e-16', 2.1, 'v5e-64'), ('v5e-16', 0.5, 'v5e-32'), ('v4-8', 1.3, 'v4-16'),
+    ('v5e-256', 1.1, '')))
+def test_larger_slice(name, times, larger):
+  assert tpu_slices.larger(tpu_slices.parse(name), times) == larger
+
+
+def test_advice_names_a_slice_with_enough_memory():
+  slice_ = tpu_slices.parse('v5e-8')
+  mesh = jax.make_mesh((1, 1, 8, 1), ('pipe', 'data', 'expert', 'model'))
+  lines = report_lib.advice(run_of(), slice_, mesh, 3 * slice_.device_hbm_bytes)
+  assert lines[-1].startswith('--topology=v5e-32 ') and any('remat' in line for line in lines)
+
+
+@pytest.mark.tpu
+def test_the_compiler_goes_by_the_worst_moment():
+  """Arguments alone can be too much, and the complaint speaks of them; a program at the limit is accepted by its peak."""
+  devices = programs.topology_devices(tpu_slices.parse('v5e-4'))
+  whole = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ('data',)), jax.sharding.PartitionSpec())
+  array = lambda gib: jax.ShapeDtypeStruct((gib, 256, 1024, 1024), 'float32', sharding=whole)
+  lower = jax.jit(lambda x: (2 * x).sum(), out_shardings=whole).lower
+  refused = programs.compile_program('sum', lower, array(17))
+  assert not refused.fits and refused.needed == pytest.approx(17 * 2 ** 30, rel=1e-3)
+  fits = programs.compile_program('sum', lower, array(15))
+  assert fits.memory.peak == pytest.approx(15 * 2 ** 30, rel=1e-3) and fits.memory.arguments == 15 * 2 ** 30

@@ -5,10 +5,11 @@ unit does beside them is not counted, as everywhere in this package. Bytes are w
 the device's main memory; arrays that the compiler has placed in the fast memory of the core cost none.
 """
 
+import collections
 import dataclasses
 import math
 import re
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -29,17 +30,25 @@ class Work:
     bytes: to and from main memory.
     kernel_flops: the part of `flops` that is in custom kernels.
     unknown: custom kernels whose FLOPs no formula gives: target -> how often they run.
+    flops_of, bytes_of: part of the model, by `parts.part_of`, -> what of `flops` and `bytes` is spent on it.
   """
   flops: float
   bytes: float
   kernel_flops: float
   unknown: Dict[str, float]
+  flops_of: Dict[str, float]
+  bytes_of: Dict[str, float]
 
 
-def work(module: Module) -> Work:
-  """Counts a whole program."""
-  flops = traffic = kernels = 0.
+def work(module: Module, part_of: Callable[[str], str] = lambda source: '') -> Work:
+  """Counts a whole program.
+
+  Args:
+    part_of: an instruction's place in the traced program -> the part of the model that it belongs to.
+  """
+  kernels = 0.
   unknown: Dict[str, float] = {}
+  flops_of, bytes_of = collections.Counter(), collections.Counter()
   for computation, instruction, times in module.executed(fused=True):
     count = matrix_flops(module, computation, instruction)
     if count is None and is_kernel(instruction):
@@ -48,10 +57,13 @@ def work(module: Module) -> Work:
         target = instruction.attribute('custom_call_target') or '?'
         unknown[target] = unknown.get(target, 0) + times
       kernels += times * (count or 0)
-    flops += times * (count or 0)
+    if count:
+      flops_of[part_of(instruction.source)] += times * count
   for computation, instruction, times in module.executed():
-    traffic += times * memory_bytes(module, computation, instruction)
-  return Work(flops, traffic, kernels, unknown)
+    moved = memory_bytes(module, computation, instruction)
+    if moved:
+      bytes_of[part_of(instruction.source)] += times * moved
+  return Work(sum(flops_of.values()), sum(bytes_of.values()), kernels, unknown, dict(flops_of), dict(bytes_of))
 
 
 def product_flops(module: Module, computation: str, instruction: Instruction) -> float:

@@ -1,4 +1,4 @@
-"""A compile report as a picture: stacked bars of a device's memory and of the step's time."""
+"""A compile report as a picture: stacked bars of a device's memory, and of the step's time by unit and by part."""
 
 from typing import Any, Mapping
 
@@ -10,11 +10,13 @@ def write(report: Mapping[str, Any], file: str) -> None:
   """Draws the programs of a report that fit into a file, PNG if its name does not end otherwise."""
   pyplot = styled_pyplot()
   programs = [report[name] for name in ('train', 'decode') if report.get(name, {}).get('fits')]
-  figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5))
+  figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.5))
   gibibytes = lambda p: {name: size / GIB for name, size in p['memory'].items()}
   milliseconds = lambda p: {name: 1e3 * seconds for name, seconds in p['roofline']['terms'].items()}
+  spent = lambda p: {part['name']: 1e3 * sum(part[unit] for unit in ('compute', 'memory', 'links')) for part in p['parts']}
   for axis, title, parts_of in ((axes[0], 'memory of a device, GiB', gibibytes),
-                                (axes[1], 'time of a step at least, ms', milliseconds)):
+                                (axes[1], 'time of a step at least, ms', milliseconds),
+                                (axes[2], 'the same by part of the model', spent)):
     names = list(dict.fromkeys(name for program in programs for name in parts_of(program)))
     bottom = [0.] * len(programs)
     for name in names:

@@ -38,14 +38,18 @@ class Memory:
   Attributes:
     arguments: what the program is given.
     outputs: what it returns, beside those arguments whose place it takes over.
-    temporaries: what else exists at the worst moment.
+    temporaries: the room for everything else, gaps included.
     code: of the program.
+    peak: of all but the code, what is alive at the worst moment. This is what the compiler compares with the memory that
+      there is: it refuses a program that has more, and accepts one whose parts, laid out, add up to more (found out with
+      libtpu 0.0.42 by programs of growing size).
     host: bytes of the host's memory.
   """
   arguments: float
   outputs: float
   temporaries: float
   code: float
+  peak: float
   host: float = 0.
 
   @property
@@ -190,28 +194,22 @@ def compile_program(name: str, lower: Any, *arguments: Any) -> Program:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text and 'Ran out of memory' not in text:
       raise
-    return Program(name, '', None, _line(error), time.monotonic() - started, needed_bytes(text, arguments))
+    return Program(name, '', None, _line(error), time.monotonic() - started, needed_bytes(text))
   stats = compiled.memory_analysis()
   memory = Memory(stats.argument_size_in_bytes, max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
-                  stats.temp_size_in_bytes, stats.generated_code_size_in_bytes,
+                  stats.temp_size_in_bytes, stats.generated_code_size_in_bytes, stats.peak_memory_in_bytes,
                   stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes)
   return Program(name, compiled.as_text(), memory, '', time.monotonic() - started)
 
 
-def needed_bytes(message: str, arguments: Any = ()) -> float:
+def needed_bytes(message: str) -> float:
   """Bytes of a device's main memory that a program would need, by the compiler's complaint; 0 if it does not say.
 
-  Args:
-    message: 'Used 22.10G of 15.75G hbm.', or of temporaries alone, without the program's arguments.
-    arguments: tree of ShapeDtypeStructs; those without a sharding are too small to count.
+  It writes 'Used 22.10G of 15.75G hbm.', or '... required for HLO temporaries (22.10G) exceeds ...'; the latter, too, is
+  of everything, the program's arguments included.
   """
-  size = lambda found: float(found.group(1)) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[found.group(2)]
-  everything = re.search(r'Used ([\d.]+)([KMGT]) of ', message)
-  if everything:
-    return size(everything)
-  temporaries = re.search(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\)', message)
-  return size(temporaries) + sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                                 for x in jax.tree.leaves(arguments) if x.sharding is not None) if temporaries else 0.
+  found = re.search(r'(?:Used |memory required for HLO temporaries \()([\d.]+)([KMGT])', message)
+  return float(found.group(1)) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[found.group(2)] if found else 0.
 
 
 def _line(error: BaseException) -> str:

@@ -6,13 +6,14 @@ from typing import Any, Dict, List, Optional
 
 from jax.sharding import Mesh
 
-from openmoe_jax import splash
+from openmoe_jax import splash, tpu_slices
 from openmoe_jax.analysis import flops, memory
 from openmoe_jax.config import ModelConfig, RunConfig
 from openmoe_jax.tpu import hlo
 from openmoe_jax.tpu.collectives import by_kind, collectives
 from openmoe_jax.tpu.hlo import Module
 from openmoe_jax.tpu.operations import work
+from openmoe_jax.tpu.parts import part_of, parts
 from openmoe_jax.tpu.programs import Program
 from openmoe_jax.tpu.roofline import roofline
 from openmoe_jax.tpu_slices import Slice
@@ -32,14 +33,15 @@ def describe(run: RunConfig, slice_: Slice, mesh: Mesh) -> Dict[str, Any]:
 
 def train_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program) -> Dict[str, Any]:
   """Figures of the train step; of one that does not fit, how much it lacks and what would help."""
-  program = believed(program, slice_)
   rows, length = run.data.batch_size // run.train.num_microbatches, run.data.row_length
   tokens = run.data.batch_size * length
   model_flops = tokens * flops.train_flops_per_token(run.model, length, rows)
-  report = _report(program, slice_, mesh, model_flops, tokens, tokens * run.train.train_steps)
+  report = _report(run, program, slice_, mesh, model_flops, tokens, tokens * run.train.train_steps)
   if not program.fits:
-    report['advice'] = advice(run, slice_, mesh)
+    report['advice'] = advice(run, slice_, mesh, program.needed)
     return report
+  if program.memory.total > slice_.device_hbm_bytes:
+    report['advice'] = advice(run, slice_, mesh, program.memory.total)
   report['memory'] = {**state_bytes(run, mesh), **report['memory']}
   report['memory']['other arguments'] = max(report['memory'].pop('arguments') - sum(
       report['memory'][name] for name in ('parameters', 'optimizer state')), 0)
@@ -55,25 +57,18 @@ def decode_report(run: RunConfig, slice_: Slice, mesh: Mesh, program: Program, r
                   ) -> Dict[str, Any]:
   """Figures of one step of generation with a cache of `positions`, half of them filled on average."""
   parts = flops.forward_flops_per_token(run.model.replace(capacity_mode='none'), positions, None, train=False)
-  return _report(believed(program, slice_), slice_, mesh, rows * sum(parts.values()), rows, 0)
+  return _report(run, program, slice_, mesh, rows * sum(parts.values()), rows, 0)
 
 
-def believed(program: Program, slice_: Slice) -> Program:
-  """The program; as one that does not fit where the compiler accepts what adds up to more than a device has."""
-  if not program.fits or program.memory.total <= slice_.device_hbm_bytes:
-    return program
-  error = 'the compiler accepts it, but by its own account the parts add up to more than a device has'
-  return dataclasses.replace(program, text='', memory=None, error=error, needed=program.memory.total)
-
-
-def _report(program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tokens: float, budget: float
-            ) -> Dict[str, Any]:
+def _report(run: RunConfig, program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tokens: float,
+            budget: float) -> Dict[str, Any]:
   report = {'program': program.name, 'fits': program.fits, 'compile_seconds': program.seconds}
   if not program.fits:
     return {**report, 'error': program.error, 'needed_bytes': program.needed,
             'flops': {'model': model_flops}}
   module = hlo.parse(program.text)
-  done = work(module)
+  of = part_of(run.model)
+  done = work(module, of)
   moved = collectives(module, dict(mesh.shape), list(mesh.devices.flat), slice_)
   bounds = roofline(done, moved, slice_, model_flops, tokens, budget)
   compiled = done.flops * slice_.devices
@@ -83,13 +78,14 @@ def _report(program: Program, slice_: Slice, mesh: Mesh, model_flops: float, tok
       'memory': {'arguments': program.memory.arguments, 'activations': kept,
                  'temporaries': program.memory.temporaries - kept, 'outputs': program.memory.outputs,
                  'code': program.memory.code},
-      'memory_total': program.memory.total, 'host_memory': program.memory.host,
+      'memory_peak': program.memory.peak, 'memory_total': program.memory.total, 'host_memory': program.memory.host,
       'flops': {'model': model_flops, 'compiled': compiled, 'ratio': compiled / model_flops if model_flops else math.nan,
                 'kernels': done.kernel_flops * slice_.devices, 'unknown_kernels': done.unknown,
                 'unknown_loops': list(module.unknown_loops)},
       'main_memory_bytes': done.bytes,
       'collectives': [dict(zip(('network', 'kind', 'axes', 'executions', 'bytes', 'seconds', 'hidden_seconds'), row))
                       for row in by_kind(moved)],
+      'parts': [part._asdict() for part in parts(done, moved, of, slice_)],
       'roofline': {'terms': bounds.terms, 'limited_by': bounds.limited_by, 'overlap': bounds.overlap._asdict(),
                    'no_overlap': bounds.no_overlap._asdict()},
       'tokens': tokens, 'token_budget': budget,
@@ -144,8 +140,9 @@ def expected_waste(config: ModelConfig, length: int, rows: Optional[int]) -> Dic
   return {name: value for name, value in parts.items() if value}
 
 
-def advice(run: RunConfig, slice_: Slice, mesh: Mesh) -> List[str]:
-  """Single changes that would save memory, with what `openmoe-inspect` expects of them, the greatest first."""
+def advice(run: RunConfig, slice_: Slice, mesh: Mesh, needed: float) -> List[str]:
+  """Single changes that would save memory, with what `openmoe-inspect` expects of them, the greatest first; and the
+  next slice whose chips together have what is `needed` [bytes] by every device of this one."""
   shape, length = dict(mesh.shape), run.data.row_length
   now = _estimate(run, length, shape)
   candidates = []
@@ -161,7 +158,10 @@ def advice(run: RunConfig, slice_: Slice, mesh: Mesh) -> List[str]:
         run, train=dataclasses.replace(run.train, num_microbatches=more))))
   saved = sorted(((now - _estimate(changed, length, shape), text) for text, changed in candidates), reverse=True)
   lines = [f'{text} saves about {size / 2 ** 30:.1f} GiB a device' for size, text in saved if size > 0]
-  return lines or ['a larger slice, a smaller batch or a larger MeshConfig.model']
+  larger = tpu_slices.larger(slice_, needed / slice_.device_hbm_bytes)
+  if larger:
+    lines.append(f'--topology={larger} has the memory, if all is split over its chips')
+  return lines or ['a smaller batch or a larger MeshConfig.model']
 
 
 def _estimate(run: RunConfig, length: int, shape: Dict[str, int]) -> float:

@@ -40,6 +40,7 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
     memory.add_row(name, f'{size / GIB:.2f}')
   memory.add_section()
   memory.add_row('sum', f'{program["memory_total"] / GIB:.2f}')
+  memory.add_row('at the worst moment', f'{program["memory_peak"] / GIB:.2f}')
   memory.add_row('of', f'{report["hbm_bytes_per_device"] / GIB:.2f}')
   if program['host_memory']:
     memory.add_row('host memory', f'{program["host_memory"] / GIB:.2f}')
@@ -59,6 +60,10 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
     moved.add_row(f'{row["network"]} {row["kind"]}', row['axes'], f'{row["executions"]:.0f}',
                   f'{row["bytes"] / 1e9:.3f}', f'{1e3 * row["seconds"]:.2f}', f'{1e3 * row["hidden_seconds"]:.2f}')
 
+  spent = _table('Parts of the step, ms', 'compute', 'memory', 'links', 'of all')
+  for row in program['parts']:
+    spent.add_row(row['name'], *(f'{1e3 * row[unit]:.2f}' for unit in ('compute', 'memory', 'links')), f'{row["share"]:.3f}')
+
   bounds, roof = _table('Bounds', 'with overlap', 'without'), program['roofline']
   both = lambda name, scale, form: (form.format(roof[b][name] * scale) for b in ('overlap', 'no_overlap'))
   bounds.add_row('step, ms', *both('step_seconds', 1e3, '{:.1f}'))
@@ -71,6 +76,9 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
   head = (f'{title}: fits; compiled in {program["compile_seconds"]:.0f} s\nat least {terms}; limited by '
           f'{roof["limited_by"]}')
   tail = []
+  if program.get('advice'):
+    tail += ['The compiler accepts it by what is alive at the worst moment; laid out as it says, it would have no place.',
+             *(f'  {line}' for line in program['advice'])]
   if counts['unknown_kernels']:
     tail.append(f'kernels without a formula, not counted: {", ".join(counts["unknown_kernels"])}')
   if counts['unknown_loops']:
@@ -78,7 +86,7 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
   if counts['ratio'] < 0.9 and not tail:
     tail.append('LESS IS COMPILED THAN THE MODEL NEEDS: the program was not read correctly, and no figure but its memory '
                 'holds. Please report it.')
-  tables = [_text(t) for t in (memory, flops, moved, bounds) if t.row_count]
+  tables = [_text(t) for t in (memory, flops, moved, spent, bounds) if t.row_count]
   return '\n'.join([head, '', *tables, *tail])
 
 
