@@ -158,6 +158,22 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, dropout_key: Optio
   return grads, {**metrics_lib.to_means(sums), 'loss': loss}
 
 
+def update(config: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState, grads: Any, metrics: Metrics,
+           mesh_config: MeshConfig = MeshConfig(), schedule: Optional[Callable] = None) -> Tuple[TrainState, Metrics]:
+  """The new state of a step, split as `mesh_config` says, and `metrics` with what `make_train_step` adds to them."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  metrics = {**metrics, 'grad_norm': global_norm(grads), 'param_norm': global_norm(state.params)}
+  if schedule is not None:
+    metrics['learning_rate'] = jnp.asarray(schedule(updates_done(state.opt_state, state.step)), jnp.float32)
+  finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+  metrics['skipped'] = 1. - finite.astype(jnp.float32)
+  new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+                      router_state=router_state_lib.update_state(config, state.router_state, metrics))
+  # Selected where it is written, array by array: XLA makes one loop of update and selection.
+  new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+  return keep_sharded(new.replace(step=state.step + 1), mesh_config), metrics
+
+
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1, *,
                     mesh: Optional[Mesh] = None, mesh_config: MeshConfig = MeshConfig(), seed: int = 0,
                     schedule: Optional[Callable] = None, routing_metrics: bool = True
@@ -185,21 +201,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     key = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
     grads, metrics = gradients(config, state.params, batch, key, state.router_state)
     with jax.named_scope('optimizer'):
-      new, metrics = update(state, grads, metrics)
+      new, metrics = update(config, optimizer, state, grads, metrics, mesh_config, schedule)
     return new, metrics_lib.with_shares(config, metrics, routing_metrics)
-
-  def update(state: TrainState, grads: Any, metrics: Metrics) -> Tuple[TrainState, Metrics]:
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {**metrics, 'grad_norm': global_norm(grads), 'param_norm': global_norm(state.params)}
-    if schedule is not None:
-      metrics['learning_rate'] = jnp.asarray(schedule(updates_done(state.opt_state, state.step)), jnp.float32)
-    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
-    metrics['skipped'] = 1. - finite.astype(jnp.float32)
-    new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-                        router_state=router_state_lib.update_state(config, state.router_state, metrics))
-    # Selected where it is written, array by array: XLA makes one loop of update and selection.
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return keep_sharded(new.replace(step=state.step + 1), mesh_config), metrics
 
   return _under_mesh(jax.jit(step, donate_argnums=0), mesh, mesh_config)
 
