@@ -13,8 +13,8 @@ BOUND = {'step_seconds': 2., 'mfu': .5, 'tokens_per_second': 1., 'days': 3., 'ch
 REPORT = {
     'topology': 'v5p-8', 'chips': 4, 'devices': 4, 'mesh': {'pipe': 1, 'data': 2, 'expert': 2, 'model': 1},
     'batch_size': 64, 'row_length': 128, 'num_microbatches': 2, 'remat': 'full', 'hbm_bytes_per_device': 95 * GIB,
-    'train': {'fits': True, 'memory_total': 40 * GIB, 'flops': {'compiled': 400., 'ratio': 1.25}, 'main_memory_bytes': 70.,
-              'collectives': [{'network': 'ici', 'bytes': 5.}, {'network': 'ici', 'bytes': 3.}],
+    'train': {'fits': True, 'memory_peak': 40 * GIB, 'memory_total': 45 * GIB, 'flops': {'compiled': 400., 'ratio': 1.25},
+              'main_memory_bytes': 70., 'collectives': [{'network': 'ici', 'bytes': 5.}, {'network': 'ici', 'bytes': 3.}],
               'roofline': {'overlap': BOUND, 'no_overlap': {**BOUND, 'step_seconds': 4., 'mfu': .25}, 'limited_by': 'compute'}}}
 
 
@@ -32,7 +32,7 @@ def test_rows():
   bad['train'] = {'fits': False, 'needed_bytes': 100 * GIB}
   lines = compare_reports.table([REPORT, bad]).splitlines()
   assert len({line.count('|') for line in lines}) == 1
-  assert lines[2] == ('| v5p-8 | 4 | data 2 x expert 2 | 8,192 | 2 | full | 40.0 of 95 | 1.250 | 2,000 | 4,000 | 0.500 | 0.250 '
+  assert lines[2] == ('| v5p-8 | 4 | data 2 x expert 2 | 8,192 | 2 | full | 40.0 of 95 | 45.0 | 1.250 | 2,000 | 4,000 | 0.500 | 0.250 '
                       '| compute | 3.0 | 3.0 |')
   assert 'needs 100.0 of 95' in lines[3]
 

@@ -32,7 +32,7 @@ def draw_curves(axis: Any, curves: Dict[str, List[tuple]], unit: str, label: str
   axis.set_xscale('log', base=2)
   axis.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
   axis.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
-  axis.set_ylim(0, None)
+  axis.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1))
   axis.set_xlabel(unit)
   axis.set_ylabel(label)
   axis.legend(fontsize=8)

@@ -17,7 +17,7 @@ from openmoe_jax.config import ConfigError, require
 from openmoe_jax.tools import benchmark_plots
 from openmoe_jax.tpu_slices import GIB
 
-_HEAD = ('slice', 'chips', 'mesh', 'tokens a step', 'microbatches', 'remat', 'GiB of a device', 'FLOPs / model FLOPs',
+_HEAD = ('slice', 'chips', 'mesh', 'tokens a step', 'microbatches', 'remat', 'GiB of a device', 'laid out', 'FLOPs / model FLOPs',
          'step ms, overlap', 'without', 'MFU, overlap', 'without', 'limited by', 'days, overlap', 'without')
 
 
@@ -63,7 +63,8 @@ def _row(report: Dict[str, Any]) -> List[str]:
     needed = f'needs {train["needed_bytes"] / GIB:.1f}' if train['needed_bytes'] else 'does not fit'
     return row + [f'{needed} of {limit:.0f}'] + [''] * (len(_HEAD) - 7)
   overlap, none = train['roofline']['overlap'], train['roofline']['no_overlap']
-  return row + [f'{train["memory_total"] / GIB:.1f} of {limit:.0f}', f'{train["flops"]["ratio"]:.3f}',
+  return row + [f'{train["memory_peak"] / GIB:.1f} of {limit:.0f}', f'{train["memory_total"] / GIB:.1f}',
+                f'{train["flops"]["ratio"]:.3f}',
                 f'{1e3 * overlap["step_seconds"]:,.0f}', f'{1e3 * none["step_seconds"]:,.0f}', f'{overlap["mfu"]:.3f}',
                 f'{none["mfu"]:.3f}', train['roofline']['limited_by'], f'{overlap["days"]:.1f}', f'{none["days"]:.1f}']
 
@@ -74,7 +75,7 @@ def costs(report: Dict[str, Any]) -> Dict[str, float]:
   sent = lambda network: sum(c['bytes'] for c in train['collectives'] if c['network'] == network)
   return {'FLOPs': train['flops']['compiled'] / report['chips'], 'bytes of main memory': train['main_memory_bytes'] * devices,
           'bytes over links': sent('ici') * devices, 'bytes between slices': sent('dcn') * devices,
-          'memory': train['memory_total'] * devices}
+          'memory': train['memory_peak'] * devices}
 
 
 def growth(reports: Sequence[Dict[str, Any]]) -> Dict[str, List[tuple]]:
