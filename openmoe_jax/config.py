@@ -6,6 +6,7 @@ and compared with the configuration of the run that is being resumed.
 """
 
 import dataclasses
+import re
 from typing import Any, Mapping, Tuple
 
 # Also for everybody who imports these from here.
@@ -28,6 +29,8 @@ class MeshConfig:
       a layer's parameters are brought together while it is computed. Experts' kernels, which are split over expert
       anyway, follow data only.
     shard_optimizer: the same for the optimizer state alone, in addition to `fsdp`.
+    tpu_compiler_options: of XLA, for the training step on TPUs: 'xla_tpu_enable_async_all_to_all=true' and the like, as
+      they would stand in LIBTPU_INIT_ARGS.
   """
   data: int = -1
   expert: int = 1
@@ -36,6 +39,7 @@ class MeshConfig:
   platform: str = ''
   fsdp: Tuple[str, ...] = ()
   shard_optimizer: Tuple[str, ...] = ()
+  tpu_compiler_options: Tuple[str, ...] = ()
 
   @property
   def optimizer_fsdp(self) -> Tuple[str, ...]:
@@ -49,6 +53,12 @@ class MeshConfig:
       require(set(axes) <= set(FSDP[-1]) and len(set(axes)) == len(axes), f'MeshConfig.{name} = {axes!r} must be one of '
               f'{", ".join(map(str, FSDP))}')
       object.__setattr__(self, name, tuple(axis for axis in FSDP[-1] if axis in axes))
+    options = self.tpu_compiler_options
+    options = tuple(str(o).removeprefix('--') for o in ((options,) if isinstance(options, str) else options))
+    for option in options:
+      require(re.fullmatch(r'\w+=\S+', option), f'MeshConfig.tpu_compiler_options: {option!r} must be a name and a value, '
+              "such as 'xla_tpu_enable_async_all_to_all=true'")
+    object.__setattr__(self, 'tpu_compiler_options', options)
     integers(self, 1, 'expert', 'model', 'pipe')
     integers(self, -1, 'data')
     require(self.data != 0,

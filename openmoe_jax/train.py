@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, T
 
 import jax
 
-from openmoe_jax import checkpoints, command_line, ending, launch, paths, pipeline, profiling, resume
+from openmoe_jax import checkpoints, command_line, compiler_options, ending, launch, paths, pipeline, profiling, resume
 from openmoe_jax.analysis.flops import train_flops_per_token
 from openmoe_jax.config import ConfigError, RunConfig, require, to_dict
 from openmoe_jax.evaluation import Evaluator
@@ -92,6 +92,7 @@ def train(run: RunConfig, profile_steps: Optional[Tuple[int, int]] = None) -> No
   started = time.monotonic()
   steps_there = resume.claim_model_dir(run)
   mesh = make_mesh(run.mesh)
+  compiler_options.check(run.mesh, mesh)
   _check_rows(run, mesh)
   optimizer = make_optimizer(run.optimizer, run.train.train_steps)
   template, initialise = born_sharded(run, optimizer, mesh)

@@ -18,7 +18,8 @@ LONGEST = 500
 # layer as long as that makes no circle.
 LAYERS = (
     ('checks', 'model_config', 'config', 'partitioning', 'losses', 'paths', 'gin_utils', 'routers', 'history', 'schedules',
-     'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch', 'tpu_slices'),
+     'tensorflow_setup', 'cluster_environment', 'environment', 'ending', 'hang_detector', 'heartbeat', 'launch', 'tpu_slices',
+     'compiler_options'),
     ('layers', 'attention', 'splash', 'dispatch', 'moe'),
     ('model', 'names', 'pipeline'),
     ('optimizers', 'checkpoint_files', 'checkpoint_layout', 'checkpoints', 'vocabulary', 'feature_converters',

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
 
-from openmoe_jax import decoding, partitioning
+from openmoe_jax import compiler_options, decoding, partitioning
 from openmoe_jax.attention import FEATURES, KeysValues
 from openmoe_jax.config import ConfigError, ModelConfig, RunConfig, require
 from openmoe_jax.optimizers import make_optimizer
@@ -108,11 +108,14 @@ def make_mesh(run: RunConfig, devices: Tuple[Any, ...]) -> Mesh:
   """The mesh of a run over a slice's devices.
 
   Raises:
-    ConfigError: it does not fit them, or the model or the batch cannot be split over it.
+    ConfigError: it does not fit them, the model or the batch cannot be split over it, or the compiler does not take an
+      option.
   """
   mesh = partitioning.make_mesh(dataclasses.replace(run.mesh, platform=''), devices)
   partitioning.validate_mesh(run.model, mesh.shape, run.data.batch_size // run.train.num_microbatches,
                              run.mesh.optimizer_fsdp)
+  with _quiet():
+    compiler_options.check(run.mesh, mesh)
   return mesh
 
 
