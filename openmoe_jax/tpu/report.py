@@ -142,7 +142,7 @@ def expected_waste(config: ModelConfig, length: int, rows: Optional[int]) -> Dic
 
 def advice(run: RunConfig, slice_: Slice, mesh: Mesh, needed: float) -> List[str]:
   """Single changes that would save memory, with what `openmoe-inspect` expects of them, the greatest first; and the
-  next slice whose chips together have what is `needed` [bytes] by every device of this one."""
+  next slice whose chips together have what is `needed` [bytes; 0 if unknown] by every device of this one."""
   shape, length = dict(mesh.shape), run.data.row_length
   now = _estimate(run, length, shape)
   candidates = []
@@ -158,7 +158,7 @@ def advice(run: RunConfig, slice_: Slice, mesh: Mesh, needed: float) -> List[str
         run, train=dataclasses.replace(run.train, num_microbatches=more))))
   saved = sorted(((now - _estimate(changed, length, shape), text) for text, changed in candidates), reverse=True)
   lines = [f'{text} saves about {size / 2 ** 30:.1f} GiB a device' for size, text in saved if size > 0]
-  larger = tpu_slices.larger(slice_, needed / slice_.device_hbm_bytes)
+  larger = tpu_slices.larger(slice_, needed / slice_.device_hbm_bytes) if needed else ''
   if larger:
     lines.append(f'--topology={larger} has the memory, if all is split over its chips')
   return lines or ['a smaller batch or a larger MeshConfig.model']
