@@ -41,7 +41,8 @@ def test_own_problems(problems):
   assert all(result.status == 'failed' and result.error for result in wrong)
 
 
-@pytest.mark.parametrize('solution, rate', [(True, 1.0), (False, 0.0)], ids=['canonical', 'empty'])
+@pytest.mark.parametrize('solution, rate', [
+    pytest.param(True, 1.0, id='canonical'), pytest.param(False, 0.0, id='empty', marks=pytest.mark.slow)])
 def test_published_problems(solution, rate):
   problems = code_execution.read_problems(published_data.require_published('HumanEval.jsonl.gz'))
   assert len(problems) == 164

@@ -121,6 +121,7 @@ def test_dtype_and_params_only(t5x, tmp_path):
   assert dtypes == {'float32'}
 
 
+@pytest.mark.slow
 def test_growing(t5x, tmp_path, capsys):
   step, gin = t5x
   convert('t5x-to-orbax', step, tmp_path / 'a', gin, '--params_only')

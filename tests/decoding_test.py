@@ -29,7 +29,8 @@ def golden_generation(name, scan=False, max_new_tokens=24):
   return d, config, generation
 
 
-@pytest.mark.parametrize('name, scan', (('causal', False), ('causal', True), ('bidir', False)))
+@pytest.mark.parametrize('name, scan', (
+    ('causal', False), pytest.param('causal', True, marks=pytest.mark.slow), ('bidir', False)))
 def test_golden_tokens(name, scan):
   d, _, generation = golden_generation(name, scan)
   generation.advance(24)
@@ -291,6 +292,7 @@ def test_mesh_equals_one_device(shape, scan):
     assert_same(got, run(config, tokens, lengths, **options))
 
 
+@pytest.mark.slow
 def test_mesh_in_mode_t5x():
   """Four rows on eight devices are not filled up: that would change the routing groups."""
   d, config, generation = golden_generation('causal')
@@ -301,6 +303,7 @@ def test_mesh_in_mode_t5x():
   np.testing.assert_array_equal(got.tokens, d['causal_predicted_suffix'])
 
 
+@pytest.mark.slow
 def test_bfloat16_steps():
   """Runs, and stays near the full forward pass; routing decisions may flip, so only the first tokens are compared."""
   config = model(dtype='bfloat16')

@@ -119,8 +119,8 @@ def with_slots(**changes):
   return params, value_and_gradients(config, params, make_batch())
 
 
-@pytest.mark.parametrize('changes', (pytest.param({}, marks=pytest.mark.slow), pytest.param(
-    {'mlp_activations': ('silu', 'linear')}, marks=pytest.mark.slow), {'ignore_padding_tokens': True}))
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', ({}, {'mlp_activations': ('silu', 'linear')}, {'ignore_padding_tokens': True}))
 def test_model_equals_one_with_slots_for_everybody(changes):
   """dispatch = 'sort' with capacity_mode = 'none': loss and every parameter's gradient."""
   params, want = with_slots(**changes)

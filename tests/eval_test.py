@@ -163,6 +163,7 @@ def bigbench(tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 def test_bigbench_lite(model, folder, bigbench):
   given = settings(folder, tasks=('bigbench_lite',), bigbench_data=str(bigbench), shots=1)
   tasks = bigbench_lite.read(given)

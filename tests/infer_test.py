@@ -65,6 +65,7 @@ def test_a_file(checkpoint, model, tmp_path, capsys):
   assert len(outputs(out)) == 5 and '0 new results' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_window_is_that_of_training(checkpoint, tmp_path, capsys):
   source = write_prompts(tmp_path / 'in.jsonl', ['short', 'x y ' * 60])
   with pytest.raises(SystemExit):

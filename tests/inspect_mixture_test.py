@@ -92,6 +92,7 @@ def test_objectives_are_told_from_their_examples():
   assert mixture_report.objective_of(None, np.arange(3, 9), known) == mixture_report.LANGUAGE_MODEL
 
 
+@pytest.mark.slow
 def test_program_on_ul2(capsys, tmp_path):
   numbers = tmp_path / 'report.json'
   inspect_mixture.main(['demo_prose_ul2', '--lengths=inputs:128,targets:128', '--examples=300', '--pages=6',

@@ -121,6 +121,7 @@ def test_a_source_goes_on_where_it_was():
     np.testing.assert_array_equal(documents, np.arange(len(documents)) * 2)
 
 
+@pytest.mark.slow
 def test_hosts_and_restarts_change_nothing():
   data = settings()
   expected = take(data_lib.TrainStreams(data), 16)

@@ -87,8 +87,8 @@ def check_variant(config, key=None):
   assert_gradients_equal(to_t5x_names(config, grads), want_grads)
 
 
-@pytest.mark.parametrize('changes', (pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
-                                     dict(scan_blocks=True, remat='minimal')), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', (dict(scan_blocks=True), dict(scan_blocks=True, remat='minimal')), ids=str)
 def test_scan_and_remat_change_nothing(changes):
   check_variant(model(moe_interval=1, **changes))
 

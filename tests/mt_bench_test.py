@@ -253,6 +253,7 @@ def test_program_reports(tmp_path, capsys):
   assert "has no scores of 'c', but of a, b" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_program_answers(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(checkpoint_flags, 'load_model', lambda args: model())
   asked, file = write(tmp_path / 'question.jsonl', RECORDS[::4]), tmp_path / 'tiny.jsonl'

@@ -84,6 +84,7 @@ def conversation(*turns):
   return [{'role': ('user', 'assistant')[i % 2], 'content': text, 'toxic': False} for i, text in enumerate(turns)]
 
 
+@pytest.mark.slow
 def test_wildchat(tmp_path):
   rows = [
       {'model': 'gpt-4-0314', 'conversation': conversation('one?', 'first 1', 'two ü?', 'second 2'), 'turn': 2},

@@ -155,6 +155,7 @@ def test_a_recording_is_the_forward_passes_one_after_another(checkpoint, tmp_pat
     assert (sizes == recording.finished(key)['group_size']).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_recording_goes_on(checkpoint, tmp_path, monkeypatch):
   whole = run(checkpoint, tmp_path / 'whole', '--part_tokens=100')
   original, calls = collect.forward, []

@@ -65,6 +65,7 @@ def test_the_step_moves_biases_towards_equal_loads(three_steps):
   assert (bias > 0).any() and (bias < 0).any()
 
 
+@pytest.mark.slow
 def test_biases_change_what_is_computed(three_steps):
   state = three_steps[-1][0]
   run = jax.jit(lambda v: OpenMoE(MODEL).apply(v, make_batch()))
@@ -161,6 +162,7 @@ def test_a_missing_or_foreign_state_is_one_line(state, message):
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_jitter_needs_a_key_and_draws_anew_in_every_step():
   config = MODEL.replace(router='top_k', router_jitter=0.3)
   params = first_state(config).params

@@ -92,6 +92,7 @@ def test_parameters_outlive_the_step(scan_blocks):
 # Sums and means.
 
 
+@pytest.mark.slow
 def test_sums_are_the_same_for_any_number_of_microbatches():
   """loss_normalization 'sum' of a dense model: a sum over tokens, however they are divided. Metrics stay means."""
   config = model(num_experts=0, loss_normalization='sum')
