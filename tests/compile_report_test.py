@@ -65,10 +65,11 @@ def test_train_and_decode(tmp_path, capsys):
     pytest.param(('--topology=v3-8', '--gin.ModelConfig.attention="splash"', '--gin.ModelConfig.remat="full"'),
                  marks=pytest.mark.exhaustive),
     ('--topology=v5p-8', '--gin.ModelConfig.dispatch="dropless"', '--gin.ModelConfig.capacity_mode="none"'),
-    ('--topology=v6e-8', '--gin.ModelConfig.remat="offload"', '--gin.NUM_MODEL_PARTITIONS=2', '--gin.FSDP=("data",)'),
+    pytest.param(('--topology=v6e-8', '--gin.ModelConfig.remat="offload"', '--gin.NUM_MODEL_PARTITIONS=2',
+                  '--gin.FSDP=("data",)'), marks=pytest.mark.exhaustive),
     ('--topology=2*v5e-4', '--gin.MeshConfig.shard_optimizer=("data",)', '--gin.FSDP=()'),
-    ('--topology=v5e-8', '--gin.MeshConfig.pipe=2', '--gin.NUM_EXPERT_PARTITIONS=2', '--gin.NUM_MICROBATCHES=4',
-     '--gin.NUM_STREAMS=8')), ids=lambda flags: ' '.join(flags[:2]))
+    pytest.param(('--topology=v5e-8', '--gin.MeshConfig.pipe=2', '--gin.NUM_EXPERT_PARTITIONS=2', '--gin.NUM_MICROBATCHES=4',
+                  '--gin.NUM_STREAMS=8'), marks=pytest.mark.exhaustive)), ids=lambda flags: ' '.join(flags[:2]))
 def test_other_programs(flags, capsys):
   got = report(capsys, '--no-decode', *flags)['train']
   counts = got['flops']
@@ -90,6 +91,7 @@ def test_what_does_not_fit(capsys):
   assert not got['fits'] and got['needed_bytes'] > 16 * 2 ** 30 and got['advice']
 
 
+@pytest.mark.exhaustive
 @pytest.mark.tpu
 def test_sweep(capsys):
   compile_report.main([*TINY, '--topology=v5e-4', '--sweep', '--sweep_limit=2'])

@@ -148,7 +148,7 @@ def test_growing(t5x, tmp_path, capsys):
   refused("--weights='a,b'", 'average', tmp_path / 'a', tmp_path / 'a', tmp_path / 'x', '--weights=a,b')
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_goes_on_after_a_way_through_t5x(tmp_path):
   """Parameters, statistics and step survive: the next steps have the very numbers of a start from the original."""
   run = tiny_run.tiny_run(tmp_path / 'first', train=dict(train_steps=3, log_period=1, eval_period=0))

@@ -217,7 +217,7 @@ def test_every_checkpoint(checkpoint, folder, tmp_path):
   assert one[0]['figures'] == records[0]['figures'] and one[0]['step'] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mesh_and_int8(checkpoint, folder, tmp_path):
   flags = ['--gin.EvalConfig.tasks=boolq,lambada', '--gin.EvalConfig.perplexity=demo_full_lm',
            '--gin.DataConfig.eval_batches=1']
@@ -355,7 +355,7 @@ def one_of_two(port, process, checkpoint, folder, out):
       '--gin.MeshConfig.expert=2'])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_equal_one_device(checkpoint, folder, tmp_path):
   port = tiny_run.free_port()
   code = 'import sys; from tests.eval_test import one_of_two; one_of_two(*sys.argv[1:])'

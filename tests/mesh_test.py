@@ -142,7 +142,7 @@ def test_other_models_on_a_mesh(changes, shape, microbatches):
     pytest.param({}, (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
     MORE({}, (2, 4, 1), ('data',)), MORE({}, (4, 2, 1), ('expert',)),
     MORE(dict(scan_blocks=False, remat='full'), (8, 1, 1), ('data', 'expert')),
-    pytest.param(dict(remat='dots'), (1, 4, 2), ('data', 'expert'), marks=pytest.mark.slow),
+    MORE(dict(remat='dots'), (1, 4, 2), ('data', 'expert')),
     MORE(dict(dispatch='einsum', remat='minimal'), (2, 4, 1), ('data', 'expert')),
     pytest.param(dict(dispatch='dropless', capacity_mode='none'), (2, 2, 2), ('data', 'expert'), marks=pytest.mark.slow),
     MORE(dict(num_experts=0, moe_interval=1), (4, 1, 2), ('data',))), ids=str)

@@ -45,8 +45,10 @@ def make_mesh(**sizes):
 @pytest.mark.parametrize('changes, microbatches, mesh', (
     ({}, 2, dict(pipe=2, expert=2)), (dict(dropout_rate=0.1, priority='random', router='sigmoid'), 4, dict(pipe=2)),
     (dict(remat='minimal'), 4, dict(pipe=2, data=2, model=2)), (dict(remat='full', moe_interval=2), 1, dict(pipe=2, expert=4)),
-    (dict(dispatch='einsum'), 2, dict(pipe=2, expert=2, model=2)), (dict(dispatch='sort'), 2, dict(pipe=4, data=2)),
-    (dict(dispatch='dropless', capacity_mode='none'), 2, dict(pipe=2, data=2, expert=2)),
+    pytest.param(dict(dispatch='einsum'), 2, dict(pipe=2, expert=2, model=2), marks=pytest.mark.exhaustive),
+    (dict(dispatch='sort'), 2, dict(pipe=4, data=2)),
+    pytest.param(dict(dispatch='dropless', capacity_mode='none'), 2, dict(pipe=2, data=2, expert=2),
+                 marks=pytest.mark.exhaustive),
     (dict(router='expert_choice', allow_future_leak=True), 8, dict(pipe=4)),
     (dict(loss_normalization='sum', num_experts=0), 4, dict(pipe=4, model=2))), ids=str)
 def test_equals_one_device(changes, microbatches, mesh):

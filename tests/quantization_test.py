@@ -52,8 +52,9 @@ def test_as_the_export_does_it():
 
 
 @pytest.mark.parametrize('changes', (
-    {}, pytest.param({'scan_blocks': True}, marks=pytest.mark.slow), pytest.param({'dtype': 'bfloat16'}, marks=pytest.mark.slow),
-    pytest.param({'mlp_activations': ('silu', 'linear'), 'parallel_moe': True}, marks=pytest.mark.slow)))
+    {}, pytest.param({'scan_blocks': True}, marks=pytest.mark.slow),
+    pytest.param({'dtype': 'bfloat16'}, marks=pytest.mark.exhaustive),
+    pytest.param({'mlp_activations': ('silu', 'linear'), 'parallel_moe': True}, marks=pytest.mark.exhaustive)))
 def test_a_model_computes_with_the_rounded_kernels(changes):
   """Exactly what the model computes with the same kernels multiplied out beforehand."""
   config = decoding.dropless(model(**changes))

@@ -130,7 +130,7 @@ def _read(folder):
   return {file.name: _without_times(json.loads(file.read_text())) for file in (folder / 'runs').iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_is_killed_and_goes_on(tmp_path, capsys):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   command = [sys.executable, '-m', 'openmoe_jax.tools.router_study', f'--output={killed}', *TINY]
