@@ -59,6 +59,11 @@ class Chip:
     """Bfloat16 FLOP/s of one of its devices."""
     return self.peak_flops / self.devices
 
+  @property
+  def device_hbm_bandwidth(self) -> float:
+    """Bytes/s of the main memory of one of its devices."""
+    return self.hbm_bandwidth / self.devices
+
 
 _SLOWEST_DCN = 25e9 / 8
 
@@ -136,14 +141,16 @@ def names() -> Tuple[str, ...]:
 
 def larger(slice_: Slice, times: float) -> str:
   """The smallest slice of the same chips with more of them, at least `times` as many; '' if there is none."""
-  chips = lambda topology: math.prod(map(int, topology.split('x')))
-  enough = [t for t in _TOPOLOGIES[slice_.chip.name] if chips(t) > slice_.chips and chips(t) >= times * slice_.chips]
-  return _name(slice_.chip, min(enough, key=chips)) if enough else ''
+  enough = [t for t in _TOPOLOGIES[slice_.chip.name] if _chips(t) > slice_.chips and _chips(t) >= times * slice_.chips]
+  return _name(slice_.chip, min(enough, key=_chips)) if enough else ''
+
+
+def _chips(topology: str) -> int:
+  return math.prod(map(int, topology.split('x')))
 
 
 def _name(chip: Chip, topology: str) -> str:
-  chips = math.prod(map(int, topology.split('x')))
-  return f'{chip.name}-{chips * (chip.cores if chip.counts_cores else 1)}'
+  return f'{chip.name}-{_chips(topology) * (chip.cores if chip.counts_cores else 1)}'
 
 
 def parse(text: str) -> Slice:
@@ -169,8 +176,8 @@ def parse(text: str) -> Slice:
   else:
     found = next((t for t in known if _name(chip, t) == f'{kind}-{number}'), None)
   if found is None:
-    wanted = math.prod(map(int, shape.split('x'))) if shape else int(number) / (chip.cores if chip.counts_cores else 1)
-    near = sorted(known, key=lambda t: abs(math.log(math.prod(map(int, t.split('x'))) / max(wanted, .5))))[:3]
+    wanted = _chips(shape) if shape else int(number) / (chip.cores if chip.counts_cores else 1)
+    near = sorted(known, key=lambda t: abs(math.log(_chips(t) / max(wanted, .5))))[:3]
     raise ConfigError(f'--topology={text!r}: {chip.name} has no such slice; nearest: '
                       f'{", ".join(f"{_name(chip, t)} ({t})" for t in near)}')
   return Slice(text.strip(), chip, tuple(map(int, found.split('x'))), int(slices or 1))

@@ -205,8 +205,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
       new, metrics = update(config, optimizer, state, grads, metrics, mesh_config, schedule)
     return new, metrics_lib.with_shares(config, metrics, routing_metrics)
 
-  options = compiler_options.of(mesh_config, mesh) if mesh is not None else None
-  return _under_mesh(jax.jit(step, donate_argnums=0, compiler_options=options or None), mesh, mesh_config)
+  options = compiler_options.of(mesh_config, mesh)
+  return _under_mesh(jax.jit(step, donate_argnums=0, compiler_options=options), mesh, mesh_config)
 
 
 def make_eval_step(config: ModelConfig, *, mesh: Optional[Mesh] = None, mesh_config: MeshConfig = MeshConfig()

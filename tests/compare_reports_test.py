@@ -53,7 +53,7 @@ def test_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text, flags, message', (
-    (None, [], 'no such file'), ('{', [], 'is no JSON'), ('{"sweep": []}', [], 'is not the report of one mesh'),
+    (None, [], 'no such file'), (json.dumps({**REPORT, 'train': {'fits': True}}), [], 'written by an older version'), ('{', [], 'is no JSON'), ('{"sweep": []}', [], 'is not the report of one mesh'),
     (json.dumps(REPORT), ['--plot=x.png'], 'needs two reports')))
 def test_mistakes_are_one_line(text, flags, message, tmp_path, capsys):
   if text is not None:

@@ -13,6 +13,8 @@ from openmoe_jax.analysis import flops
 from openmoe_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from openmoe_jax.tpu import programs, sweep
 from openmoe_jax.tpu import report as report_lib
+from openmoe_jax.tpu import tables
+from tests.tpu_parts_test import PARTS
 
 TINY = ['--gin_file=recipes/openmoe_base.gin', '--gin_file=runs/one_pass.gin', '--gin.BATCH_SIZE=32',
         "--gin.TASK_FEATURE_LENGTHS={'targets': 256}", '--gin.NUM_EXPERT_PARTITIONS=4', '--gin.TRAIN_STEPS=10',
@@ -47,8 +49,7 @@ def test_train_and_decode(tmp_path, capsys):
   assert abs(counts['waste']['other']) < 0.03 * counts['compiled']
   assert train['token_budget'] == 10 * 32 * 256
   spent = {part['name']: part for part in train['parts']}
-  assert set(spent) == {'optimizer', 'loss', 'attention', 'always-on FFN', 'experts and routing', 'dense FFN', 'embedding',
-                        'norms and residuals', 'other'}
+  assert set(spent) == PARTS
   assert sum(part['share'] for part in spent.values()) == pytest.approx(1.) and spent['other']['compute'] == 0.
   assert spent['loss']['compute'] == pytest.approx(
       3 * 2 * 32 * 256 * 1024 * 128 / 8 / tpu_slices.parse('v5e-8').chip.peak_flops, rel=0.01)
@@ -172,6 +173,19 @@ def test_advice_names_a_slice_with_enough_memory():
   mesh = jax.make_mesh((1, 1, 8, 1), ('pipe', 'data', 'expert', 'model'))
   lines = report_lib.advice(run_of(), slice_, mesh, 3 * slice_.device_hbm_bytes)
   assert lines[-1].startswith('--topology=v5e-32 ') and any('remat' in line for line in lines)
+
+
+@pytest.mark.parametrize('gib, advised', ((15, False), (22, True)))
+def test_what_has_no_place_as_it_is_laid_out_is_said(gib, advised):
+  """It fits, as the compiler accepts it; but what would help is said."""
+  slice_, mesh = tpu_slices.parse('v5e-8'), jax.make_mesh((1, 1, 8, 1), ('pipe', 'data', 'expert', 'model'))
+  text = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), 'float32')).compile().as_text()
+  memory = programs.Memory(arguments=0., outputs=0., temporaries=gib * tpu_slices.GIB, code=0., peak=12. * tpu_slices.GIB)
+  got = report_lib.train_report(run_of(), slice_, mesh, programs.Program('train', text, memory, '', 1.))
+  assert got['fits'] and got['memory_peak'] < got['memory_total'] == gib * tpu_slices.GIB
+  assert ('advice' in got) == advised
+  said = tables.report_tables({**report_lib.describe(run_of(), slice_, mesh), 'train': got})
+  assert ('laid out as it says, it would have no place' in said) == ('--topology=v5e-16 has' in said) == advised
 
 
 @pytest.mark.tpu

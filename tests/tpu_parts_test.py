@@ -42,7 +42,7 @@ def test_a_training_step_has_these_parts(changes):
 def test_parts_add_up():
   slice_ = tpu_slices.parse('v5e-8')
   chip = slice_.chip
-  done = operations.Work(3e12, 4e9, 0., {}, {'loss': 1e12, 'attention': 2e12}, {'loss': 3e9, 'optimizer': 1e9})
+  done = operations.Work({'loss': 1e12, 'attention': 2e12}, {'loss': 3e9, 'optimizer': 1e9}, 0., {})
   moved = [Collective('all-gather', 'data', 'ici', 5., .001, 7, 'jit(step)/optimizer/add')]
   found = {p.name: p for p in parts.parts(done, moved, parts.part_of(model()), slice_)}
   assert found['loss'][1:4] == (1e12 / chip.peak_flops, 3e9 / chip.hbm_bandwidth, 0.)

@@ -17,8 +17,9 @@ from openmoe_jax.config import ConfigError, require
 from openmoe_jax.tools import benchmark_plots
 from openmoe_jax.tpu_slices import GIB
 
-_HEAD = ('slice', 'chips', 'mesh', 'tokens a step', 'microbatches', 'remat', 'GiB of a device', 'laid out', 'FLOPs / model FLOPs',
-         'step ms, overlap', 'without', 'MFU, overlap', 'without', 'limited by', 'days, overlap', 'without')
+_HEAD = ('slice', 'chips', 'mesh', 'tokens a step', 'microbatches', 'remat', 'GiB of a device', 'laid out',
+         'FLOPs / model FLOPs', 'step ms, overlap', 'without', 'MFU, overlap', 'without', 'limited by', 'days, overlap',
+         'without')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -41,6 +42,8 @@ def read(file: str) -> Dict[str, Any]:
     report = json.loads(path.read_text())
     require(isinstance(report, dict) and 'train' in report, f'{file} is not the report of one mesh: '
             'openmoe-compile-report --output writes it, without --sweep')
+    require(not report['train']['fits'] or 'memory_peak' in report['train'], f'{file} was written by an older version, which '
+            'did not say what is alive at the worst moment; make it anew')
   except ValueError as error:
     raise ConfigError(f'{file} is no JSON: {error}') from error
   return report

@@ -26,18 +26,23 @@ class Work:
   """What a run of the program does on one device.
 
   Attributes:
-    flops: of matrix products.
-    bytes: to and from main memory.
+    flops_of: FLOPs of matrix products by part of the model (`parts.part_of`).
+    bytes_of: bytes to and from main memory, likewise.
     kernel_flops: the part of `flops` that is in custom kernels.
     unknown: custom kernels whose FLOPs no formula gives: target -> how often they run.
-    flops_of, bytes_of: part of the model, by `parts.part_of`, -> what of `flops` and `bytes` is spent on it.
   """
-  flops: float
-  bytes: float
-  kernel_flops: float
-  unknown: Dict[str, float]
   flops_of: Dict[str, float]
   bytes_of: Dict[str, float]
+  kernel_flops: float
+  unknown: Dict[str, float]
+
+  @property
+  def flops(self) -> float:
+    return sum(self.flops_of.values())
+
+  @property
+  def bytes(self) -> float:
+    return sum(self.bytes_of.values())
 
 
 def work(module: Module, part_of: Callable[[str], str] = lambda source: '') -> Work:
@@ -63,7 +68,7 @@ def work(module: Module, part_of: Callable[[str], str] = lambda source: '') -> W
     moved = memory_bytes(module, computation, instruction)
     if moved:
       bytes_of[part_of(instruction.source)] += times * moved
-  return Work(sum(flops_of.values()), sum(bytes_of.values()), kernels, unknown, dict(flops_of), dict(bytes_of))
+  return Work(dict(flops_of), dict(bytes_of), kernels, unknown)
 
 
 def product_flops(module: Module, computation: str, instruction: Instruction) -> float:

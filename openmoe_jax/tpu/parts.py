@@ -4,6 +4,7 @@ The compiler keeps for most instructions the place in the traced program that th
 one of the things fused, and what the compiler adds by itself has none, so these are good figures, not exact ones.
 """
 
+import collections
 import re
 from typing import Callable, Dict, List, NamedTuple, Sequence
 
@@ -13,6 +14,7 @@ from openmoe_jax.tpu.operations import Work
 from openmoe_jax.tpu_slices import Slice
 
 OTHER = 'other'
+UNITS = ('compute', 'memory', 'links')  # of a Part, each with its seconds
 # Names of modules and scopes in the traced program; the first that is found counts.
 _BY_NAME = {'optimizer': 'optimizer', 'loss': 'loss', 'self_attention': 'attention', 'extra_mlp': 'always-on FFN',
             'token_embedder': 'embedding'}
@@ -51,16 +53,14 @@ def part_of(config: ModelConfig) -> Callable[[str], str]:
   return part
 
 
-def parts(work: Work, collectives: Sequence[Collective], part: Callable[[str], str], slice_: Slice) -> List[Part]:
+def parts(work: Work, moved: Sequence[Collective], part: Callable[[str], str], slice_: Slice) -> List[Part]:
   """All parts of a program, the longest first."""
-  chip = slice_.chip
-  links: Dict[str, float] = {}
-  for c in collectives:
-    name = part(c.source)
-    links[name] = links.get(name, 0.) + c.times * c.seconds
-  scaled = lambda sums, rate: {name: value / rate for name, value in sums.items()}
-  columns: List[Dict[str, float]] = [scaled(work.flops_of, chip.device_flops),
-                                        scaled(work.bytes_of, chip.hbm_bandwidth / chip.devices), links]
+  links: Dict[str, float] = collections.Counter()
+  for c in moved:
+    links[part(c.source)] += c.times * c.seconds
+  seconds_of = lambda sums, rate: {name: value / rate for name, value in sums.items()}
+  columns = (seconds_of(work.flops_of, slice_.chip.device_flops),
+             seconds_of(work.bytes_of, slice_.chip.device_hbm_bandwidth), links)
   whole = sum(sum(column.values()) for column in columns)
   found = []
   for name in dict.fromkeys(name for column in columns for name in column):

@@ -3,6 +3,7 @@
 from typing import Any, Mapping
 
 from openmoe_jax.analysis.plots import styled_pyplot, write_figure
+from openmoe_jax.tpu.parts import UNITS
 from openmoe_jax.tpu_slices import GIB
 
 
@@ -13,7 +14,7 @@ def write(report: Mapping[str, Any], file: str) -> None:
   figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.5))
   gibibytes = lambda p: {name: size / GIB for name, size in p['memory'].items()}
   milliseconds = lambda p: {name: 1e3 * seconds for name, seconds in p['roofline']['terms'].items()}
-  spent = lambda p: {part['name']: 1e3 * sum(part[unit] for unit in ('compute', 'memory', 'links')) for part in p['parts']}
+  spent = lambda p: {part['name']: 1e3 * sum(part[unit] for unit in UNITS) for part in p['parts']}
   for axis, title, parts_of in ((axes[0], 'memory of a device, GiB', gibibytes),
                                 (axes[1], 'time of a step at least, ms', milliseconds),
                                 (axes[2], 'the same by part of the model', spent)):

@@ -55,7 +55,7 @@ def roofline(work: Work, collectives: Sequence[Collective], slice_: Slice, model
   chip = slice_.chip
   on = lambda network: sum(c.times * c.seconds for c in collectives if c.network == network)
   terms = {'compute': work.flops / chip.device_flops,
-           'memory': work.bytes / (chip.hbm_bandwidth / chip.devices), 'ici': on('ici'), 'dcn': on('dcn')}
+           'memory': work.bytes / chip.device_hbm_bandwidth, 'ici': on('ici'), 'dcn': on('dcn')}
   bound = lambda seconds: _bound(seconds, slice_, model_flops, tokens, token_budget)
   return Roofline(terms, max(terms, key=terms.get), bound(max(terms.values())), bound(sum(terms.values())))
 

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from openmoe_jax.tpu.parts import UNITS
 from openmoe_jax.tpu_slices import GIB
 
 
@@ -60,9 +61,9 @@ def _program(report: Mapping[str, Any], program: Mapping[str, Any]) -> str:
     moved.add_row(f'{row["network"]} {row["kind"]}', row['axes'], f'{row["executions"]:.0f}',
                   f'{row["bytes"] / 1e9:.3f}', f'{1e3 * row["seconds"]:.2f}', f'{1e3 * row["hidden_seconds"]:.2f}')
 
-  spent = _table('Parts of the step, ms', 'compute', 'memory', 'links', 'of all')
+  spent = _table('Parts of the step, ms', *UNITS, 'of all')
   for row in program['parts']:
-    spent.add_row(row['name'], *(f'{1e3 * row[unit]:.2f}' for unit in ('compute', 'memory', 'links')), f'{row["share"]:.3f}')
+    spent.add_row(row['name'], *(f'{1e3 * row[unit]:.2f}' for unit in UNITS), f'{row["share"]:.3f}')
 
   bounds, roof = _table('Bounds', 'with overlap', 'without'), program['roofline']
   both = lambda name, scale, form: (form.format(roof[b][name] * scale) for b in ('overlap', 'no_overlap'))
