@@ -40,12 +40,12 @@ def read(file: str) -> Dict[str, Any]:
   require(path.exists(), f'{file}: no such file')
   try:
     report = json.loads(path.read_text())
-    require(isinstance(report, dict) and 'train' in report, f'{file} is not the report of one mesh: '
-            'openmoe-compile-report --output writes it, without --sweep')
-    require(not report['train']['fits'] or 'memory_peak' in report['train'], f'{file} was written by an older version, which '
-            'did not say what is alive at the worst moment; make it anew')
   except ValueError as error:
     raise ConfigError(f'{file} is no JSON: {error}') from error
+  require(isinstance(report, dict) and 'train' in report, f'{file} is not the report of one mesh: '
+          'openmoe-compile-report --output writes it, without --sweep')
+  require(not report['train']['fits'] or 'memory_peak' in report['train'], f'{file} was written by an older version, which '
+          'did not say what is alive at the worst moment; make it anew')
   return report
 
 
